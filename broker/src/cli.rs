@@ -1,0 +1,166 @@
+//! The command line, as INTERFACES fixes it. Help, man pages and completions come from these definitions.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use sandbox::{ByteSize, Count, Cpus, EnvName, Span, WorkspaceMode, WorkspaceWish};
+
+/// Runs tools confined: a sandbox for each run, and no credential inside.
+#[derive(Debug, Parser)]
+#[command(
+    name = "broker",
+    version,
+    max_term_width = 100,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run one confined command
+    #[command(after_help = EXEC_HELP)]
+    Exec(Box<ExecArguments>),
+    /// List, show, check and explain policies
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+}
+
+const EXEC_HELP: &str = "\
+Exit status: the command's own; 128+N when signal N ended it; 124 at the timeout; 125 when the sandbox could not be set
+up; 126 when the command cannot be executed; 127 when it was not found; 137 also when memory ran out.
+
+Examples:
+  broker exec -- id
+  broker exec --policy python --workspace . -- python3 script.py
+  broker exec --workspace src:ro --timeout 30s --memory 256MiB --report report.json -- grep -rn TODO .
+  broker exec --policy shell --tty -- bash";
+
+/// `broker exec`
+#[derive(Debug, Args)]
+pub struct ExecArguments {
+    /// A policy's name, or a file (with a `/`, or ending in `.toml`)
+    #[arg(long, value_name = "NAME|FILE", default_value = "default")]
+    pub policy: String,
+    /// Mount a directory at /workspace and work there; `rw` where no mode is given
+    #[arg(long, value_name = "DIR[:ro|:rw]", value_parser = parse_workspace)]
+    pub workspace: Option<WorkspaceArgument>,
+    /// Set a variable, or pass the caller's on; nothing else is inherited (repeatable)
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = parse_env)]
+    pub env: Vec<EnvArgument>,
+    /// SIGTERM after this time (30s, 5m), then a grace period, then SIGKILL for the whole tree
+    #[arg(long, value_name = "DURATION")]
+    pub timeout: Option<Span>,
+    /// Less memory than the policy gives (64MiB, 1GiB)
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<ByteSize>,
+    /// Fewer processes and threads than the policy gives
+    #[arg(long, value_name = "N")]
+    pub pids: Option<Count>,
+    /// Less processor time than the policy gives (0.5)
+    #[arg(long, value_name = "X")]
+    pub cpus: Option<Cpus>,
+    /// Write the report as JSON; `-` for standard output
+    #[arg(long, value_name = "FILE|-")]
+    pub report: Option<PathBuf>,
+    /// Run in a fresh pseudo-terminal
+    #[arg(long)]
+    pub tty: bool,
+    /// Run in this process's own tree, without a daemon (there is no other way yet)
+    #[arg(long)]
+    pub embedded: bool,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+/// `--workspace`
+pub type WorkspaceArgument = WorkspaceWish;
+
+/// `--env`
+#[derive(Debug, Clone)]
+pub struct EnvArgument {
+    /// The variable.
+    pub name: EnvName,
+    /// Its value; the caller's where there is none.
+    pub value: Option<OsString>,
+}
+
+/// `broker policy`
+#[derive(Debug, Subcommand)]
+pub enum PolicyCommand {
+    /// List the policies that can be named
+    List {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a policy with everything it extends, as JSON
+    Show {
+        /// A policy's name, or a file
+        #[arg(value_name = "NAME|FILE", default_value = "default")]
+        policy: String,
+    },
+    /// Check policy files; silent when they are good
+    Check {
+        /// Policies' names, or files
+        #[arg(value_name = "NAME|FILE", required = true)]
+        policies: Vec<String>,
+    },
+    /// Say what a policy comes to on this host
+    Explain {
+        /// A policy's name, or a file
+        #[arg(long, value_name = "NAME|FILE", default_value = "default")]
+        policy: String,
+        /// The plan itself, as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the policy language's JSON schema
+    Schema,
+}
+
+/// Parses this process's arguments; prints help or an error and ends where there is nothing to do.
+pub fn parse() -> Command {
+    // A wrong command line is ours to refuse, and 125 is how `exec` says so; elsewhere too, for one rule.
+    match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(error) => {
+            let status = if error.use_stderr() { 125 } else { 0 };
+            let _ = error.print();
+            std::process::exit(status)
+        }
+    }
+}
+
+fn parse_workspace(text: &str) -> Result<WorkspaceArgument, String> {
+    let (directory, mode) = match text.rsplit_once(':') {
+        Some((directory, "ro")) => (directory, WorkspaceMode::ReadOnly),
+        Some((directory, "rw")) => (directory, WorkspaceMode::ReadWrite),
+        Some((_, "cow")) => return Err("mode `cow` needs the daemon; use `ro` or `rw`".to_owned()),
+        _ => (text, WorkspaceMode::ReadWrite),
+    };
+    if directory.is_empty() {
+        return Err("the directory is empty; give `.` for the current one".to_owned());
+    }
+    Ok(WorkspaceWish {
+        directory: directory.into(),
+        mode,
+    })
+}
+
+fn parse_env(text: &str) -> Result<EnvArgument, String> {
+    let (name, value) = match text.split_once('=') {
+        Some((name, value)) => (name, Some(value.into())),
+        None => (text, None),
+    };
+    let name = name
+        .parse()
+        .map_err(|error: sandbox::WordError| error.to_string())?;
+    Ok(EnvArgument { name, value })
+}

@@ -1,0 +1,133 @@
+//! `broker exec`: one confined run.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use sandbox::{Caller, Host, Job, LaunchError, Plan, Policy, Report, Terminal, Wishes};
+
+use crate::cli::{EnvArgument, ExecArguments};
+use crate::library::Policies;
+
+/// What `broker exec` exits with when it could not do what was asked.
+const CANNOT: u8 = 125;
+
+/// Runs the command; the exit status is as `INTERFACES` says.
+pub fn run(arguments: Box<ExecArguments>) -> ExitCode {
+    let report_to = arguments.report.clone();
+    let ran = match prepare(*arguments) {
+        Ok((policy, plan)) => sandbox::run(&policy, &plan, &sandbox::default_slots()),
+        Err(error) => return refuse(&error),
+    };
+    let status = match &ran {
+        Ok(report) => {
+            explain(report);
+            report.outcome.exit_status()
+        }
+        Err(error) => {
+            eprintln!("broker: {error}");
+            CANNOT
+        }
+    };
+    if let Some(path) = report_to
+        && let Err(error) = write_report(&path, &ran)
+    {
+        return refuse(&format!("cannot write the report {}: {error}", path.display()));
+    }
+    ExitCode::from(status)
+}
+
+/// From arguments to a plan: parse, look up, narrow, plan.
+fn prepare(arguments: ExecArguments) -> Result<(Policy, Plan), String> {
+    let policy = Policies::of_caller()
+        .load(&arguments.policy)
+        .map_err(|error| error.to_string())?;
+    let wishes = wishes(arguments, &policy)?;
+    let job = Job::narrow(&policy, wishes).map_err(|error| error.to_string())?;
+    let host = Host::probe(
+        &policy,
+        Caller::current(std::env::var_os("HOME"), std::env::var_os("PATH")),
+    );
+    let plan = Plan::make(&policy, &job, &host).map_err(|error| error.to_string())?;
+    Ok((policy, plan))
+}
+
+fn wishes(arguments: ExecArguments, policy: &Policy) -> Result<Wishes, String> {
+    let passed = policy
+        .file()
+        .env
+        .pass
+        .iter()
+        .filter_map(|name| Some((name.clone(), std::env::var_os(name.as_str())?)));
+    let mut env: Vec<_> = passed.collect();
+    for EnvArgument { name, value } in arguments.env {
+        match value.or_else(|| std::env::var_os(name.as_str())) {
+            Some(value) => env.push((name, value)),
+            None => {
+                return Err(format!(
+                    "--env {name}: the variable is not set; give a value: --env {name}=VALUE"
+                ));
+            }
+        }
+    }
+    Ok(Wishes {
+        command: arguments.command,
+        workspace: arguments.workspace,
+        env,
+        timeout: arguments.timeout,
+        memory: arguments.memory,
+        pids: arguments.pids,
+        cpus: arguments.cpus,
+        streams: sandbox::classify_streams(),
+        terminal: if arguments.tty {
+            Terminal::Fresh
+        } else {
+            Terminal::None
+        },
+    })
+}
+
+/// What an exit status alone does not say.
+fn explain(report: &Report) {
+    use sandbox::Outcome;
+    match &report.outcome {
+        Outcome::TimedOut => eprintln!("broker: the time limit was reached"),
+        Outcome::Oom => eprintln!("broker: the memory limit was reached"),
+        Outcome::NotFound => {
+            eprintln!("broker: command not found; `broker policy explain` shows what can be seen inside")
+        }
+        Outcome::NotExecutable { errno } => {
+            eprintln!(
+                "broker: the command cannot be executed: {}",
+                std::io::Error::from_raw_os_error(*errno)
+            );
+        }
+        _ => {}
+    }
+    if report.denials.output_bytes > 0 {
+        eprintln!(
+            "broker: output was cut; {} bytes over the policy's limit are lost",
+            report.denials.output_bytes
+        );
+    }
+}
+
+fn write_report(path: &std::path::Path, ran: &Result<Report, LaunchError>) -> std::io::Result<()> {
+    let value = match ran {
+        Ok(report) => serde_json::to_value(report),
+        Err(error) => {
+            serde_json::to_value(error.outcome()).map(|outcome| serde_json::json!({ "outcome": outcome }))
+        }
+    };
+    let mut text = serde_json::to_string_pretty(&value?)?;
+    text.push('\n');
+    if path == std::path::Path::new("-") {
+        std::io::stdout().write_all(text.as_bytes())
+    } else {
+        std::fs::write(path, text)
+    }
+}
+
+fn refuse(message: &str) -> ExitCode {
+    eprintln!("broker: {message}");
+    ExitCode::from(CANNOT)
+}

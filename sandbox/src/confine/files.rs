@@ -1,0 +1,285 @@
+//! Puts the new root together, from trees that the parent opened. Once the child stands on it, the host's files are gone,
+//! and every path here is one inside.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::{CWD, FileType, Mode, OFlags, mkdir, mknodat, openat, symlink};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
+    UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, open_tree,
+    unmount,
+};
+
+use super::{Failure, Result, Stage};
+use crate::plan::files::{EMPTY, WORKSPACE};
+use crate::plan::{Exec, Owner, Step};
+use crate::sys::{MountAttributes, Reach, mount_setattr};
+
+/// What the parent opened.
+pub(crate) struct Trees {
+    /// One detached mount for each [`Step::Tree`], in order.
+    pub system: Vec<OwnedFd>,
+    /// The idmapped workspace.
+    pub workspace: Option<OwnedFd>,
+    /// What is protected in it: paths that are there, parents before what is below them.
+    pub protect: Vec<PathBuf>,
+    /// The devpts.
+    pub terminals: OwnedFd,
+}
+
+/// The files of a root: a few dozen directories and links.
+const ROOT_BYTES: u64 = 4 << 20;
+const ROOT_INODES: u32 = 4096;
+/// Where the new root is attached for the moment before it becomes the root. Every Linux has it.
+const STAND_IN: &str = "/proc";
+
+/// The harmless devices: name, major, minor (`Documentation/admin-guide/devices.txt`).
+const DEVICES: [(&str, u32, u32); 6] = [
+    ("null", 1, 3),
+    ("zero", 1, 5),
+    ("full", 1, 7),
+    ("random", 1, 8),
+    ("urandom", 1, 9),
+    ("tty", 5, 0),
+];
+const DEVICE_LINKS: [(&str, &str); 5] = [
+    ("fd", "/proc/self/fd"),
+    ("stdin", "/proc/self/fd/0"),
+    ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"),
+    ("ptmx", "pts/ptmx"),
+];
+
+/// Makes an empty root and lets go of the host's.
+pub(super) fn enter_root() -> io::Result<()> {
+    // First, so that nothing that follows is seen by the host, nor anything of the host's seen here.
+    mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
+    let root = tmpfs(
+        ROOT_BYTES,
+        ROOT_INODES,
+        0o755,
+        None,
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV,
+    )?;
+    attach(&root, Path::new(STAND_IN))?;
+    rustix::process::fchdir(&root)?;
+    // The old root is stacked onto the new one and then taken off: pivot_root(2), "pivot_root(".", ".")".
+    rustix::process::pivot_root(".", ".")?;
+    unmount(".", UnmountFlags::DETACH)?;
+    Ok(rustix::process::chdir("/")?)
+}
+
+/// Nothing of the root itself can be changed any more.
+pub(super) fn finish_root() -> io::Result<()> {
+    let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    read_only_here(&root)
+}
+
+/// Every step, in order.
+pub(super) fn build(steps: &[Step], trees: &Trees, uid: u32) -> Result<()> {
+    let mut system = trees.system.iter();
+    for (object, step) in steps.iter().enumerate() {
+        perform(step, &mut system, &trees.terminals, uid).map_err(Failure::at(Stage::Files, object))?;
+    }
+    Ok(())
+}
+
+fn perform<'a>(
+    step: &Step,
+    system: &mut impl Iterator<Item = &'a OwnedFd>,
+    terminals: &OwnedFd,
+    uid: u32,
+) -> io::Result<()> {
+    match step {
+        Step::Directory { path } => Ok(mkdir(path, Mode::from_raw_mode(0o755))?),
+        Step::Symlink { path, target } => Ok(symlink(target, path)?),
+        Step::File { path, content } => {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+            let file = openat(CWD, path, flags, Mode::from_raw_mode(0o444))?;
+            Ok(rustix::io::write(file, content.as_bytes()).map(drop)?)
+        }
+        Step::Tree { path, directory, .. } => {
+            let tree = system
+                .next()
+                .ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
+            make_target(path, *directory)?;
+            attach(tree, path)
+        }
+        Step::Private {
+            path,
+            size,
+            inodes,
+            mode,
+            owner,
+            exec,
+        } => {
+            let owner = (*owner == Owner::Workload).then_some(uid);
+            let mut attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+            if *exec == Exec::No {
+                attributes |= MountAttrFlags::MOUNT_ATTR_NOEXEC;
+            }
+            attach(&tmpfs(*size, *inodes, *mode, owner, attributes)?, path)
+        }
+        Step::Devices { path } => devices(path),
+        Step::Terminals { path } => attach(terminals, path),
+        Step::Proc { path } => proc(path),
+        Step::Cover { path, directory } => cover(path, *directory),
+        Step::ReadOnly { path } => bind_onto_itself(path, ReadOnly::Yes),
+    }
+}
+
+/// The mount and its protected paths.
+///
+/// A mount on a path makes the path itself immovable (EBUSY), but not the directories above it: each of those is made a
+/// mount of its own, still writable, so that `.git` cannot be moved away with `.git/hooks` in it.
+pub(super) fn workspace(trees: &Trees) -> Result<()> {
+    let Some(tree) = &trees.workspace else {
+        return Ok(());
+    };
+    let top = Path::new(WORKSPACE);
+    attach(tree, top).map_err(Failure::at(Stage::Workspace, 0))?;
+    let mut pinned: Vec<&Path> = Vec::new();
+    for (object, path) in trees.protect.iter().enumerate() {
+        let mut above: Vec<&Path> = path
+            .ancestors()
+            .skip(1)
+            .filter(|above| !above.as_os_str().is_empty())
+            .collect();
+        above.reverse();
+        for directory in above {
+            if !pinned.contains(&directory) {
+                bind_onto_itself(&top.join(directory), ReadOnly::No)
+                    .map_err(Failure::at(Stage::Workspace, object + 1))?;
+                pinned.push(directory);
+            }
+        }
+        bind_onto_itself(&top.join(path), ReadOnly::Yes)
+            .map_err(Failure::at(Stage::Workspace, object + 1))?;
+    }
+    Ok(())
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ReadOnly {
+    Yes,
+    No,
+}
+
+fn bind_onto_itself(path: &Path, read_only: ReadOnly) -> io::Result<()> {
+    let tree = clone_tree(path)?;
+    if read_only == ReadOnly::Yes {
+        let attributes = MountAttributes {
+            set: libc::MOUNT_ATTR_RDONLY,
+            ..MountAttributes::default()
+        };
+        mount_setattr(&tree, attributes, Reach::All)?;
+    }
+    attach(&tree, path)
+}
+
+/// Puts something empty in front of `path`, if anything is there.
+fn cover(path: &Path, directory: bool) -> io::Result<()> {
+    let empty = clone_tree(Path::new(if directory { EMPTY } else { "/dev/null" }))?;
+    match attach(&empty, path) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
+/// Neither here nor anywhere else is a symbolic link followed: each path is one that was made a moment ago.
+fn clone_tree(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE
+        | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;
+    Ok(open_tree(CWD, path, flags)?)
+}
+
+fn attach(mount: impl AsFd, path: &Path) -> io::Result<()> {
+    // Without MOVE_MOUNT_T_SYMLINKS the last component is not followed.
+    Ok(move_mount(
+        mount,
+        "",
+        CWD,
+        path,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )?)
+}
+
+fn make_target(path: &Path, directory: bool) -> io::Result<()> {
+    if directory {
+        return Ok(mkdir(path, Mode::from_raw_mode(0o755))?);
+    }
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    Ok(openat(CWD, path, flags, Mode::from_raw_mode(0o444)).map(drop)?)
+}
+
+fn tmpfs(
+    size: u64,
+    inodes: u32,
+    mode: u32,
+    owner: Option<u32>,
+    attributes: MountAttrFlags,
+) -> io::Result<OwnedFd> {
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(context.as_fd(), "size", size.to_string())?;
+    fsconfig_set_string(context.as_fd(), "nr_inodes", inodes.to_string())?;
+    fsconfig_set_string(context.as_fd(), "mode", format!("{mode:o}"))?;
+    if let Some(owner) = owner {
+        fsconfig_set_string(context.as_fd(), "uid", owner.to_string())?;
+        fsconfig_set_string(context.as_fd(), "gid", owner.to_string())?;
+    }
+    fsconfig_create(context.as_fd())?;
+    Ok(fsmount(
+        context.as_fd(),
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        attributes,
+    )?)
+}
+
+/// The nodes are made, not bound: nothing of the host's `/dev` comes in. Nobody inside can make another.
+fn devices(path: &Path) -> io::Result<()> {
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let mount = tmpfs(64 << 10, 64, 0o755, None, attributes)?;
+    attach(&mount, path)?;
+    for (name, major, minor) in DEVICES {
+        let mode = Mode::from_raw_mode(0o666);
+        mknodat(
+            &mount,
+            name,
+            FileType::CharacterDevice,
+            mode,
+            rustix::fs::makedev(major, minor),
+        )?;
+    }
+    for (name, target) in DEVICE_LINKS {
+        rustix::fs::symlinkat(target, &mount, name)?;
+    }
+    for name in ["pts", "shm"] {
+        rustix::fs::mkdirat(&mount, name, Mode::from_raw_mode(0o755))?;
+    }
+    read_only_here(&mount)
+}
+
+fn proc(path: &Path) -> io::Result<()> {
+    let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(context.as_fd())?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    attach(
+        &fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?,
+        path,
+    )
+}
+
+/// This mount, not those on top of it.
+fn read_only_here(mount: impl AsFd) -> io::Result<()> {
+    let attributes = MountAttributes {
+        set: libc::MOUNT_ATTR_RDONLY,
+        ..MountAttributes::default()
+    };
+    mount_setattr(mount, attributes, Reach::One)
+}

@@ -1,0 +1,41 @@
+//! Policy to plan to confined process.
+//!
+//! [`Policy`] says what a kind of run may do. [`Job::narrow`] puts one run's wishes under it. [`Plan::make`] decides, purely, what
+//! that comes to on a [`Host`]. [`run`] does it: it is the one function that tells the story.
+
+mod cgroup;
+mod confine;
+mod host;
+mod init;
+mod job;
+mod launch;
+mod open;
+mod plan;
+mod policy;
+mod relay;
+mod report;
+mod seccomp;
+mod slot;
+mod streams;
+mod supervise;
+mod sys;
+mod workspace;
+
+pub use cgroup::GroupError;
+pub use host::{Caller, Cgroups, Controller, Host, PathKind};
+pub use job::{Job, NarrowError, Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish};
+pub use launch::{LaunchError, default_slots, run};
+pub use open::OpenError;
+pub use plan::{
+    CgroupPlan, CgroupVersion, CommandPlan, Exec, INNER_ID, LANDLOCK_ABI_TESTED, LandlockAccess,
+    LandlockPlan, Owner, Placeholder, Plan, PlanError, Protect, Rlimit, SeccompPlan, Step, StreamPlan,
+    StreamsPlan, UnixSockets, WorkspacePlan,
+};
+pub use policy::{
+    ByteSize, Count, Cpus, EnvName, Gap, HostPath, InnerPath, Library, Limits, POLICY_BYTES_MAX, PRESETS,
+    Policy, PolicyError, PolicyFile, PolicyName, Presets, Span, WordError, schema as policy_schema,
+};
+pub use report::{Denials, Enforcement, Named, Outcome, Report, Usage};
+pub use slot::SlotError;
+pub use streams::classify as classify_streams;
+pub use workspace::WorkspaceError;

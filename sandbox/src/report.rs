@@ -1,0 +1,137 @@
+//! What came of a run.
+
+use serde::Serialize;
+
+use crate::policy::Gap;
+
+/// What came of a run. Its JSON form is what `--report` writes.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Each layer: what really was enforced.
+    pub enforcement: Enforcement,
+    /// What the policy allowed to be missing, and was.
+    pub gaps: Vec<Gap>,
+    /// What it used.
+    pub usage: Usage,
+    /// What was refused, as far as the kernel counts it. Refused system calls are not counted.
+    pub denials: Denials,
+    /// The sandbox's name while it lived.
+    pub sandbox: String,
+    /// The policy's name and hash.
+    pub policy: Named,
+    /// SHA-256 of the plan.
+    pub plan: String,
+}
+
+/// A name and the hash of what it names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Named {
+    /// The name.
+    pub name: String,
+    /// SHA-256 in hexadecimal.
+    pub sha256: String,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum Outcome {
+    /// The command ended by itself.
+    Exited {
+        /// Its status.
+        code: i32,
+    },
+    /// A signal ended the command.
+    Signaled {
+        /// Its number.
+        signal: i32,
+    },
+    /// It took longer than it may.
+    TimedOut,
+    /// It wanted more memory than it may have.
+    Oom,
+    /// The command was found and could not be executed.
+    NotExecutable {
+        /// Why.
+        errno: i32,
+    },
+    /// The command was not found.
+    NotFound,
+    /// The sandbox could not be set up.
+    SetupFailed {
+        /// The stage of the set-up.
+        step: String,
+        /// What it was about.
+        object: String,
+        /// Why.
+        errno: Option<i32>,
+        /// In words.
+        message: String,
+    },
+}
+
+impl Outcome {
+    /// The exit status of `broker exec`.
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Outcome::Exited { code } => u8::try_from(code & 0xff).unwrap_or(u8::MAX),
+            Outcome::Signaled { signal } => u8::try_from(128 + signal).unwrap_or(u8::MAX),
+            Outcome::TimedOut => 124,
+            Outcome::Oom => 137,
+            Outcome::SetupFailed { .. } => 125,
+            Outcome::NotExecutable { .. } => 126,
+            Outcome::NotFound => 127,
+        }
+    }
+}
+
+/// What was enforced. Nothing starts when a layer that the policy demands is not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Enforcement {
+    /// Namespaces (namespaces(7)), and who owns them.
+    pub namespaces: Vec<&'static str>,
+    /// The user that the workload was on the host.
+    pub host_uid: Option<u32>,
+    /// Mounts under the new root.
+    pub mounts: usize,
+    /// The Landlock ABI that was enforced in full.
+    pub landlock_abi: u8,
+    /// The system-call filter: instructions.
+    pub seccomp_instructions: usize,
+    /// Whether `socket(AF_UNIX)` was there.
+    pub unix_sockets: crate::plan::UnixSockets,
+    /// Capabilities left.
+    pub capabilities: &'static str,
+    /// Limits of the whole sandbox.
+    pub cgroup: Option<crate::plan::CgroupPlan>,
+    /// Limits of each process.
+    pub rlimits: Vec<(crate::plan::Rlimit, u64)>,
+}
+
+/// What a run used.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Usage {
+    /// From clone3(2) to the end of init, milliseconds.
+    pub wall_ms: f64,
+    /// Processor time of all its processes, milliseconds.
+    pub cpu_ms: f64,
+    /// The most memory in use: of the control group, or else of the largest process.
+    pub memory_peak_bytes: Option<u64>,
+    /// The most processes and threads, where counted.
+    pub pids_peak: Option<u64>,
+    /// Bytes of output passed on by the relay, where there was one.
+    pub output_bytes: Option<u64>,
+}
+
+/// What was refused, and how often.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Denials {
+    /// Processes and threads over the limit.
+    pub pids: u64,
+    /// Processes killed for want of memory.
+    pub oom_kills: u64,
+    /// Bytes of output over the cap.
+    pub output_bytes: u64,
+}

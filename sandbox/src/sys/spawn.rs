@@ -1,0 +1,128 @@
+//! Starts the workload from init: clone(2) that shares memory until execve(2), as posix_spawn(3) does it, because copying
+//! init's page tables costs more than everything else in here.
+
+use std::ffi::CString;
+use std::io;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use rustix::process::Pid;
+
+/// Everything that execve(2) needs, laid out before.
+#[derive(Debug)]
+pub struct Image {
+    candidates: Vec<CString>,
+    arguments: Vec<CString>,
+    environment: Vec<CString>,
+    controlling_terminal: bool,
+}
+
+impl Image {
+    /// `candidates` are tried in order until one can be executed. With `controlling_terminal` standard input becomes
+    /// that of the new session.
+    pub fn new(
+        candidates: Vec<CString>,
+        arguments: Vec<CString>,
+        environment: Vec<CString>,
+        controlling_terminal: bool,
+    ) -> Image {
+        Image {
+            candidates,
+            arguments,
+            environment,
+            controlling_terminal,
+        }
+    }
+}
+
+struct Request<'a> {
+    candidates: &'a [CString],
+    arguments: Vec<*const libc::c_char>,
+    environment: Vec<*const libc::c_char>,
+    controlling_terminal: bool,
+    errno: AtomicI32,
+}
+
+/// The child's stack: it calls a dozen functions and no deeper.
+const STACK_BYTES: usize = 64 * 1024;
+
+/// Starts `image` as leader of a new session, all signals at their default and unblocked.
+///
+/// # Errors
+/// As clone(2), or the most telling errno of the execve(2) calls: `EACCES` goes before `ENOENT`.
+pub fn spawn(image: &Image) -> io::Result<Pid> {
+    let request = Request {
+        candidates: &image.candidates,
+        arguments: pointers(&image.arguments),
+        environment: pointers(&image.environment),
+        controlling_terminal: image.controlling_terminal,
+        errno: AtomicI32::new(0),
+    };
+    let mut stack = vec![0_u8; STACK_BYTES];
+    let top = stack.as_mut_ptr_range().end;
+    // The ABIs want the stack aligned to 16 bytes.
+    let top = top.map_addr(|address| address & !15);
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    // SAFETY: the child runs on a stack of its own and ends in execve(2) or _exit(2); with CLONE_VFORK this thread, the
+    // only one, sleeps until then, so `request` and `stack` outlive it and nobody else touches this memory.
+    let pid = unsafe { libc::clone(child, top.cast(), flags, (&raw const request).cast_mut().cast()) };
+    if pid == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    match (request.errno.load(Ordering::Relaxed), Pid::from_raw(pid)) {
+        (0, Some(pid)) => Ok(pid),
+        (errno, _) => {
+            // SAFETY: reaps the child that has just failed; a null status is allowed.
+            unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
+            Err(io::Error::from_raw_os_error(errno))
+        }
+    }
+}
+
+fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
+    strings
+        .iter()
+        .map(|string| string.as_ptr())
+        .chain([std::ptr::null()])
+        .collect()
+}
+
+/// Runs in the parent's memory: nothing but system calls, no allocation, no lock, no unwinding.
+extern "C" fn child(request: *mut libc::c_void) -> libc::c_int {
+    // SAFETY: `spawn` passes a Request that lives until this child has gone.
+    let request = unsafe { &*request.cast::<Request<'_>>() };
+    // SAFETY: plain system calls on values; sigaction and sigset are valid when all zero (SIG_DFL, empty), and signal
+    // dispositions are this process's own, since CLONE_SIGHAND is not given.
+    unsafe {
+        libc::setsid();
+        if request.controlling_terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) != 0 {
+            request.errno.store(*libc::__errno_location(), Ordering::Relaxed);
+            libc::_exit(127);
+        }
+        let default: libc::sigaction = std::mem::zeroed();
+        for signal in 1..=libc::SIGRTMAX() {
+            // The C library keeps two for itself and refuses; the kernel refuses SIGKILL and SIGSTOP.
+            libc::sigaction(signal, &raw const default, std::ptr::null_mut());
+        }
+        let none: libc::sigset_t = std::mem::zeroed();
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+        let mut found = libc::ENOENT;
+        for candidate in request.candidates {
+            libc::execve(
+                candidate.as_ptr(),
+                request.arguments.as_ptr(),
+                request.environment.as_ptr(),
+            );
+            match *libc::__errno_location() {
+                libc::ENOENT | libc::ENOTDIR => {}
+                // As execvp(3): a file that may not be run does not end the search, but is remembered.
+                libc::EACCES => found = libc::EACCES,
+                errno => {
+                    found = errno;
+                    break;
+                }
+            }
+        }
+        request.errno.store(found, Ordering::Relaxed);
+        libc::_exit(127)
+    }
+}
