@@ -167,10 +167,9 @@ impl Separate {
         files::enter_root().map_err(Failure::at(Stage::Root, 0))?;
         files::build(&plan.files, &trees, uid)?;
         files::workspace(&trees)?;
-        files::finish_root().map_err(Failure::at(Stage::Root, 1))?;
         rustix::process::chdir(plan.command.directory.as_path())
             .map_err(io::Error::from)
-            .map_err(Failure::at(Stage::Root, 2))?;
+            .map_err(Failure::at(Stage::Root, 1))?;
         Ok(Rooted(()))
     }
 }

@@ -319,7 +319,7 @@ fn object_name(plan: &Plan, stage: Stage, object: usize) -> String {
             .as_ref()
             .map(|workspace| workspace.directory.display().to_string()),
         Stage::Rlimits => plan.rlimits.get(object).map(|(limit, _)| format!("{limit:?}")),
-        Stage::Root if object == 2 => Some(plan.command.directory.display().to_string()),
+        Stage::Root if object == 1 => Some(plan.command.directory.display().to_string()),
         _ => None,
     }
     .unwrap_or_else(|| format!("call {object}"))

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{CWD, FileType, Mode, OFlags, mkdir, mknodat, openat, symlink};
+use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
-    UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, open_tree,
-    unmount,
+    UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_bind, mount_change,
+    move_mount, open_tree, unmount,
 };
 
 use super::{Failure, Result, Stage};
@@ -71,12 +72,6 @@ pub(super) fn enter_root() -> io::Result<()> {
     Ok(rustix::process::chdir("/")?)
 }
 
-/// Nothing of the root itself can be changed any more.
-pub(super) fn finish_root() -> io::Result<()> {
-    let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    read_only_here(&root)
-}
-
 /// Every step, in order.
 pub(super) fn build(steps: &[Step], trees: &Trees, uid: u32) -> Result<()> {
     let mut system = trees.system.iter();
@@ -126,6 +121,9 @@ fn perform<'a>(
         Step::Terminals { path } => attach(terminals, path),
         Step::Proc { path } => proc(path),
         Step::Cover { path, directory } => cover(path, *directory),
+        Step::Seal { path } => {
+            read_only_here(openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+        }
         Step::ReadOnly { path } => bind_onto_itself(path, ReadOnly::Yes),
     }
 }
@@ -179,12 +177,12 @@ fn bind_onto_itself(path: &Path, read_only: ReadOnly) -> io::Result<()> {
     attach(&tree, path)
 }
 
-/// Puts something empty in front of `path`, if anything is there.
+/// Puts something empty in front of `path`, if anything is there. A classic bind mount is one call instead of three, and
+/// keeps the source's flags; its paths are ours, on a root that is read-only by now.
 fn cover(path: &Path, directory: bool) -> io::Result<()> {
-    let empty = clone_tree(Path::new(if directory { EMPTY } else { "/dev/null" }))?;
-    match attach(&empty, path) {
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-        other => other,
+    match mount_bind(if directory { EMPTY } else { "/dev/null" }, path) {
+        Err(Errno::NOENT) => Ok(()),
+        other => Ok(other?),
     }
 }
 

@@ -19,40 +19,20 @@ pub const EMPTY: &str = "/mnt";
 
 /// Files of `/proc` that tell of the host and that any user may read. What only root may read needs no cover: nobody
 /// inside is root to the kernel. Where a kernel lacks one, there is nothing to cover.
-const PROC_FILES: [&str; 21] = [
+const PROC_FILES: [&str; 10] = [
     "cmdline",
     "config.gz",
-    "consoles",
-    "devices",
-    "diskstats",
     "interrupts",
-    "iomem",
-    "ioports",
     "kallsyms",
-    "kcore",
     "key-users",
     "keys",
     "latency_stats",
-    "locks",
     "modules",
-    "mtrr",
-    "partitions",
     "sched_debug",
-    "softirqs",
-    "sysrq-trigger",
     "timer_list",
 ];
-const PROC_DIRECTORIES: [&str; 9] = [
-    "acpi",
-    "asound",
-    "bus",
-    "driver",
-    "dynamic_debug",
-    "fs",
-    "irq",
-    "pressure",
-    "scsi",
-];
+/// Directories of `/proc` that are about hardware and the whole host, and hold files that can be written.
+const PROC_DIRECTORIES: [&str; 8] = ["acpi", "asound", "bus", "driver", "fs", "irq", "pressure", "scsi"];
 
 /// Inodes of a private place where the policy names no number.
 const INODES: u32 = 16_384;
@@ -146,6 +126,11 @@ pub enum Step {
         /// Whether it is a directory.
         directory: bool,
     },
+    /// The root itself becomes read-only.
+    Seal {
+        /// `/`
+        path: PathBuf,
+    },
     /// Read-only from here on down.
     ReadOnly {
         /// Inside.
@@ -166,6 +151,7 @@ impl Step {
             | Step::Terminals { path }
             | Step::Proc { path }
             | Step::Cover { path, .. }
+            | Step::Seal { path }
             | Step::ReadOnly { path } => path,
         }
     }
@@ -203,10 +189,12 @@ pub(super) fn steps(policy: &Policy, job: &Job, host: &Host) -> Vec<Step> {
     root.symlink("/var/run", "../run");
     private_places(&mut root, policy);
     devices(&mut root, policy);
-    proc(&mut root);
+    root.directory(Path::new("/proc"));
     if job.wishes.workspace.is_some() {
         root.directory(Path::new(WORKSPACE));
     }
+    root.steps.push(Step::Seal { path: "/".into() });
+    proc(&mut root);
     root.steps
 }
 
@@ -375,8 +363,8 @@ fn devices(root: &mut Root, policy: &Policy) {
     );
 }
 
+/// After the root is read-only, so that what covers is read-only too.
 fn proc(root: &mut Root) {
-    root.directory(Path::new("/proc"));
     root.steps.push(Step::Proc { path: "/proc".into() });
     root.steps.push(Step::ReadOnly {
         path: "/proc/sys".into(),

@@ -25,86 +25,46 @@ const SOCKET_TYPE: u64 = 0xf;
 /// `__O_TMPFILE`, which with `O_DIRECTORY` makes `O_TMPFILE`.
 const TMPFILE: u64 = 0o20_000_000;
 
-/// ioctl(2) commands that programs need on terminals, pipes, sockets and files. Everything else is refused, so that
-/// neither TIOCSTI nor a driver's private command is a way.
-const IOCTLS: [u64; 46] = [
-    0x5401,
-    0x5402,
-    0x5403,
-    0x5404,
-    0x5405,
-    0x5406,
-    0x5407,
-    0x5408, // TCGETS .. TCSETAF
-    0x5409,
-    0x540a,
-    0x540b, // TCSBRK TCXONC TCFLSH
-    0x540f,
-    0x5410,
-    0x5411, // TIOCGPGRP TIOCSPGRP TIOCOUTQ
-    0x5413,
-    0x5414, // TIOCGWINSZ TIOCSWINSZ
-    0x5415,
-    0x5416,
-    0x5417,
-    0x5418, // modem lines, answered by a pty with an error
-    0x541b,
-    0x5420,
-    0x5421,
-    0x5422,
-    0x5424,
-    0x5425, // FIONREAD TIOCPKT FIONBIO TIOCNOTTY TIOCGETD TCSBRKP
-    0x5429,
-    0x542a,
-    0x542b,
-    0x542c,
-    0x542d, // TIOCGSID TCGETS2 TCSETS2 TCSETSW2 TCSETSF2
-    0x5430,
-    0x5431,
-    0x5441, // TIOCGPTN(old) TIOCSPTLCK(old) TIOCGPTPEER
-    0x5450,
-    0x5451,
-    0x5452,
-    0x5460, // FIONCLEX FIOCLEX FIOASYNC FIOQSIZE
-    0x8004_5430,
-    0x4004_5431, // TIOCGPTN TIOCSPTLCK
-    0x8905,
-    0x8906, // SIOCATMARK SIOCGSTAMP
-    0x8912,
-    0x8913,
-    0x8915,
-    0x8933, // SIOCGIFCONF SIOCGIFFLAGS SIOCGIFADDR SIOCGIFINDEX
+/// ioctl(2) commands that programs need on terminals, pipes, sockets and files, from first to last. Everything else is
+/// refused, so that neither TIOCSTI (0x5412) nor a driver's private command is a way. Ranges keep the program short: its
+/// length is what installing it costs.
+const IOCTLS: [(u64, u64); 18] = [
+    (0x5401, 0x540b),           // TCGETS .. TCFLSH
+    (0x540f, 0x5411),           // TIOCGPGRP TIOCSPGRP TIOCOUTQ
+    (0x5413, 0x5418), // TIOCGWINSZ TIOCSWINSZ, and the modem lines, which a pty answers with an error
+    (0x541b, 0x541b), // FIONREAD
+    (0x5420, 0x5422), // TIOCPKT FIONBIO TIOCNOTTY
+    (0x5424, 0x5425), // TIOCGETD TCSBRKP
+    (0x5429, 0x542d), // TIOCGSID TCGETS2 .. TCSETSF2
+    (0x5441, 0x5441), // TIOCGPTPEER
+    (0x5450, 0x5452), // FIONCLEX FIOCLEX FIOASYNC
+    (0x5460, 0x5460), // FIOQSIZE
+    (0x8004_5430, 0x8004_5430), // TIOCGPTN
+    (0x4004_5431, 0x4004_5431), // TIOCSPTLCK
+    (0x8905, 0x8906), // SIOCATMARK SIOCGSTAMP
+    (0x8912, 0x8915), // SIOCGIFCONF SIOCGIFFLAGS SIOCSIFFLAGS (no right to) SIOCGIFADDR
+    (0x8933, 0x8933), // SIOCGIFINDEX
+    (0x4004_9409, 0x4004_9409), // FICLONE
+    (0x4020_940d, 0x4020_940d), // FICLONERANGE
+    (0x8008_6601, 0x8008_6601), // FS_IOC_GETFLAGS
 ];
-/// `FICLONE`, `FICLONERANGE`, `FS_IOC_GETFLAGS` and `FS_IOC_FIEMAP`.
-const FILE_IOCTLS: [u64; 4] = [0x4004_9409, 0x4020_940d, 0x8008_6601, 0xc020_660b];
 /// Becoming the session's terminal, never by force.
 const TIOCSCTTY: u64 = 0x540e;
 
-/// prctl(2) options.
-const PRCTLS: [i32; 23] = [
-    libc::PR_SET_PDEATHSIG,
-    libc::PR_GET_PDEATHSIG,
-    libc::PR_GET_DUMPABLE,
-    libc::PR_SET_DUMPABLE,
-    libc::PR_GET_KEEPCAPS,
-    libc::PR_SET_NAME,
-    libc::PR_GET_NAME,
-    libc::PR_GET_SECCOMP,
-    libc::PR_CAPBSET_READ,
-    libc::PR_GET_TSC,
-    libc::PR_GET_SECUREBITS,
-    libc::PR_SET_TIMERSLACK,
-    libc::PR_GET_TIMERSLACK,
-    libc::PR_SET_CHILD_SUBREAPER,
-    libc::PR_GET_CHILD_SUBREAPER,
-    libc::PR_SET_NO_NEW_PRIVS,
-    libc::PR_GET_NO_NEW_PRIVS,
-    libc::PR_GET_TID_ADDRESS,
-    libc::PR_SET_THP_DISABLE,
-    libc::PR_GET_THP_DISABLE,
-    libc::PR_MCE_KILL_GET,
-    libc::PR_GET_SPECULATION_CTRL,
-    libc::PR_SET_VMA,
+/// prctl(2) options, from first to last.
+const PRCTLS: [(i32, i32); 11] = [
+    (libc::PR_SET_PDEATHSIG, libc::PR_SET_DUMPABLE),
+    (libc::PR_GET_KEEPCAPS, libc::PR_GET_KEEPCAPS),
+    (libc::PR_SET_NAME, libc::PR_GET_NAME),
+    (libc::PR_GET_SECCOMP, libc::PR_GET_SECCOMP),
+    (libc::PR_CAPBSET_READ, libc::PR_CAPBSET_READ),
+    (libc::PR_GET_TSC, libc::PR_GET_TSC),
+    (libc::PR_GET_SECUREBITS, libc::PR_GET_SECUREBITS),
+    (libc::PR_SET_TIMERSLACK, libc::PR_GET_TIMERSLACK),
+    // Sub-reaper, no_new_privs, tid address, transparent huge pages.
+    (libc::PR_SET_CHILD_SUBREAPER, libc::PR_GET_THP_DISABLE),
+    (libc::PR_GET_SPECULATION_CTRL, libc::PR_GET_SPECULATION_CTRL),
+    (libc::PR_SET_VMA, libc::PR_SET_VMA),
 ];
 
 /// The rules as a program of their own, to be run after the number was found to have one.
@@ -159,7 +119,7 @@ fn table(plan: SeccompPlan) -> Result<BTreeMap<c_long, Vec<Conditions>>> {
         libc::SYS_prctl,
         PRCTLS
             .iter()
-            .map(|option| Ok(vec![equal(0, *option as u64)?]))
+            .map(|(first, last)| within(0, *first as u64, *last as u64))
             .collect::<Result<_>>()?,
     );
     add(
@@ -195,19 +155,16 @@ fn table(plan: SeccompPlan) -> Result<BTreeMap<c_long, Vec<Conditions>>> {
 /// TCP and UDP over IPv4 and IPv6: the only network is the sandbox's own loopback. Protocols that bypass what is
 /// filtered by port or family elsewhere (MPTCP, SCTP, ping, raw) are not there.
 fn sockets(plan: SeccompPlan) -> Result<Vec<Conditions>> {
+    // 2 and 10 differ in one bit, and nothing else is within the mask.
+    let family = || Condition::new(0, Width::Dword, Op::MaskedEq(0xffff_fff7), libc::AF_INET as u64);
     let mut list = Vec::new();
-    for family in [libc::AF_INET, libc::AF_INET6] {
-        for (kind, protocols) in [
-            (libc::SOCK_STREAM, [0, libc::IPPROTO_TCP]),
-            (libc::SOCK_DGRAM, [0, libc::IPPROTO_UDP]),
-        ] {
-            for protocol in protocols {
-                list.push(vec![
-                    equal(0, family as u64)?,
-                    Condition::new(1, Width::Dword, Op::MaskedEq(SOCKET_TYPE), kind as u64)?,
-                    equal(2, protocol as u64)?,
-                ]);
-            }
+    for (kind, protocol) in [
+        (libc::SOCK_STREAM, libc::IPPROTO_TCP),
+        (libc::SOCK_DGRAM, libc::IPPROTO_UDP),
+    ] {
+        for protocol in [0, protocol] {
+            let kind = Condition::new(1, Width::Dword, Op::MaskedEq(SOCKET_TYPE), kind as u64)?;
+            list.push(vec![family()?, kind, equal(2, protocol as u64)?]);
         }
     }
     if plan.unix_sockets == UnixSockets::Allowed {
@@ -218,8 +175,8 @@ fn sockets(plan: SeccompPlan) -> Result<Vec<Conditions>> {
 
 fn ioctls() -> Result<Vec<Conditions>> {
     let mut list = vec![vec![equal(1, TIOCSCTTY)?, equal(2, 0)?]];
-    for command in IOCTLS.iter().chain(&FILE_IOCTLS) {
-        list.push(vec![equal(1, *command)?]);
+    for (first, last) in IOCTLS {
+        list.push(within(1, first, last)?);
     }
     Ok(list)
 }
@@ -263,6 +220,14 @@ fn core_limit_kept() -> Result<Vec<Conditions>> {
 
 fn equal(argument: u8, value: u64) -> Result<Condition> {
     Condition::new(argument, Width::Dword, Op::Eq, value)
+}
+
+fn within(argument: u8, first: u64, last: u64) -> Result<Conditions> {
+    if first == last {
+        return Ok(vec![equal(argument, first)?]);
+    }
+    let bound = |operator, value| Condition::new(argument, Width::Dword, operator, value);
+    Ok(vec![bound(Op::Ge, first)?, bound(Op::Le, last)?])
 }
 
 fn without(argument: u8, bits: u64) -> Result<Condition> {
