@@ -148,10 +148,7 @@ fn parse_workspace(text: &str) -> Result<WorkspaceArgument, String> {
     if directory.is_empty() {
         return Err("the directory is empty; give `.` for the current one".to_owned());
     }
-    Ok(WorkspaceWish {
-        directory: directory.into(),
-        mode,
-    })
+    Ok(WorkspaceWish { directory: directory.into(), mode })
 }
 
 fn parse_env(text: &str) -> Result<EnvArgument, String> {
@@ -159,8 +156,6 @@ fn parse_env(text: &str) -> Result<EnvArgument, String> {
         Some((name, value)) => (name, Some(value.into())),
         None => (text, None),
     };
-    let name = name
-        .parse()
-        .map_err(|error: sandbox::WordError| error.to_string())?;
+    let name = name.parse().map_err(|error: sandbox::WordError| error.to_string())?;
     Ok(EnvArgument { name, value })
 }

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use sandbox::{Caller, Host, Job, LaunchError, Plan, Policy, Report, Terminal, Wishes};
+use sandbox::{Caller, Host, Job, LaunchError, Nest, Plan, Policy, Report, Terminal, Wishes};
 
 use crate::cli::{EnvArgument, ExecArguments};
 use crate::library::Policies;
@@ -12,12 +12,17 @@ use crate::library::Policies;
 const CANNOT: u8 = 125;
 
 /// Runs the command; the exit status is as `INTERFACES` says.
-pub fn run(arguments: Box<ExecArguments>) -> ExitCode {
+pub fn run(arguments: Box<ExecArguments>, nest: std::io::Result<Nest>) -> ExitCode {
     let report_to = arguments.report.clone();
-    let ran = match prepare(*arguments) {
-        Ok((policy, plan)) => sandbox::run(&policy, &plan, &sandbox::default_slots()),
+    let (policy, plan) = match prepare(*arguments) {
+        Ok(prepared) => prepared,
         Err(error) => return refuse(&error),
     };
+    let nest = match nest {
+        Ok(nest) => nest,
+        Err(error) => return refuse(&format!("cannot make a process: {error}")),
+    };
+    let ran = sandbox::run(&policy, &plan, &nest, &sandbox::default_slots());
     let status = match &ran {
         Ok(report) => {
             explain(report);
@@ -38,15 +43,10 @@ pub fn run(arguments: Box<ExecArguments>) -> ExitCode {
 
 /// From arguments to a plan: parse, look up, narrow, plan.
 fn prepare(arguments: ExecArguments) -> Result<(Policy, Plan), String> {
-    let policy = Policies::of_caller()
-        .load(&arguments.policy)
-        .map_err(|error| error.to_string())?;
+    let policy = Policies::of_caller().load(&arguments.policy).map_err(|error| error.to_string())?;
     let wishes = wishes(arguments, &policy)?;
     let job = Job::narrow(&policy, wishes).map_err(|error| error.to_string())?;
-    let host = Host::probe(
-        &policy,
-        Caller::current(std::env::var_os("HOME"), std::env::var_os("PATH")),
-    );
+    let host = Host::probe(&policy, Caller::current(std::env::var_os("HOME"), std::env::var_os("PATH")));
     let plan = Plan::make(&policy, &job, &host).map_err(|error| error.to_string())?;
     Ok((policy, plan))
 }
@@ -78,11 +78,7 @@ fn wishes(arguments: ExecArguments, policy: &Policy) -> Result<Wishes, String> {
         pids: arguments.pids,
         cpus: arguments.cpus,
         streams: sandbox::classify_streams(),
-        terminal: if arguments.tty {
-            Terminal::Fresh
-        } else {
-            Terminal::None
-        },
+        terminal: if arguments.tty { Terminal::Fresh } else { Terminal::None },
     })
 }
 

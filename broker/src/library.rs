@@ -12,25 +12,18 @@ pub struct Policies {
 impl Policies {
     /// `/etc/broker/policies` and `~/.config/broker/policies`.
     pub fn of_caller() -> Policies {
-        let home = std::env::var_os("HOME")
-            .map(PathBuf::from)
-            .filter(|home| home.is_absolute());
+        let home = std::env::var_os("HOME").map(PathBuf::from).filter(|home| home.is_absolute());
         let directories = home.map(|home| home.join(".config/broker/policies"));
         Policies {
-            directories: directories
-                .into_iter()
-                .chain([PathBuf::from("/etc/broker/policies")])
-                .collect(),
+            directories: directories.into_iter().chain([PathBuf::from("/etc/broker/policies")]).collect(),
         }
     }
 
     /// The policy that `wanted` names: a file, if it holds a `/` or ends in `.toml`, else a name.
     pub fn load(&self, wanted: &str) -> Result<Policy, LoadError> {
         if wanted.contains('/') || wanted.ends_with(".toml") {
-            let text = std::fs::read_to_string(wanted).map_err(|source| LoadError::Read {
-                path: wanted.into(),
-                source,
-            })?;
+            let text = std::fs::read_to_string(wanted)
+                .map_err(|source| LoadError::Read { path: wanted.into(), source })?;
             Ok(Policy::parse(wanted, &text, self)?)
         } else {
             Ok(Policy::named(wanted, self)?)
@@ -39,8 +32,7 @@ impl Policies {
 
     /// Where a policy of this name comes from.
     pub fn origin(&self, name: &str) -> String {
-        self.file(name)
-            .map_or_else(|| "built in".to_owned(), |path| path.display().to_string())
+        self.file(name).map_or_else(|| "built in".to_owned(), |path| path.display().to_string())
     }
 
     fn file(&self, name: &str) -> Option<PathBuf> {
@@ -73,11 +65,7 @@ impl Library for Policies {
             .flatten()
             .flatten();
         let is_policy = |path: &PathBuf| path.extension() == Some(Path::new("toml").as_os_str());
-        for name in listed
-            .map(|entry| entry.path())
-            .filter(is_policy)
-            .filter_map(stem)
-        {
+        for name in listed.map(|entry| entry.path()).filter(is_policy).filter_map(stem) {
             if !names.contains(&name) {
                 names.push(name);
             }

@@ -59,29 +59,16 @@ fn list(policies: &Policies, json: bool) -> Result<(), String> {
 }
 
 fn check(policies: &Policies, names: &[String]) -> Result<(), String> {
-    let failed: Vec<String> = names
-        .iter()
-        .filter_map(|name| load(policies, name).err())
-        .collect();
-    if failed.is_empty() {
-        Ok(())
-    } else {
-        Err(failed.join("\nbroker: "))
-    }
+    let failed: Vec<String> = names.iter().filter_map(|name| load(policies, name).err()).collect();
+    if failed.is_empty() { Ok(()) } else { Err(failed.join("\nbroker: ")) }
 }
 
 /// The plan of a run with this policy, a workspace and pipes.
 fn explain(policy: &Policy, json: bool) -> Result<(), String> {
-    let wishes = Wishes {
-        command: vec![OsString::from("COMMAND")],
-        streams: [Stream::Pipe; 3],
-        ..Wishes::default()
-    };
+    let wishes =
+        Wishes { command: vec![OsString::from("COMMAND")], streams: [Stream::Pipe; 3], ..Wishes::default() };
     let job = Job::narrow(policy, wishes).map_err(|error| error.to_string())?;
-    let host = Host::probe(
-        policy,
-        Caller::current(std::env::var_os("HOME"), std::env::var_os("PATH")),
-    );
+    let host = Host::probe(policy, Caller::current(std::env::var_os("HOME"), std::env::var_os("PATH")));
     let plan = Plan::make(policy, &job, &host).map_err(|error| error.to_string())?;
     if json { print(&plan) } else { print(&plan) }
 }

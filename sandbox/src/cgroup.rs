@@ -39,12 +39,7 @@ pub struct GroupError {
 
 impl std::fmt::Display for GroupError {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            out,
-            "cannot set up the control group: {}: {}",
-            self.path.display(),
-            self.source
-        )
+        write!(out, "cannot set up the control group: {}: {}", self.path.display(), self.source)
     }
 }
 
@@ -79,10 +74,7 @@ impl Group {
     /// # Errors
     /// When it cannot be made, or a limit cannot be written. What was made is removed.
     pub fn make(plan: &CgroupPlan, slot: u32) -> Result<Group, GroupError> {
-        let mut group = Group {
-            version: plan.version,
-            directories: Vec::new(),
-        };
+        let mut group = Group { version: plan.version, directories: Vec::new() };
         group.fill(plan, slot).inspect_err(|_| group.remove())?;
         Ok(group)
     }
@@ -94,9 +86,8 @@ impl Group {
                 let top = cgroup2_root().join(TOP);
                 make_directory(&top, true)?;
                 for parent in [cgroup2_root(), top.as_path()] {
-                    let wanted: Vec<_> = controllers(plan)
-                        .map(|controller| format!("+{}", controller.name()))
-                        .collect();
+                    let wanted: Vec<_> =
+                        controllers(plan).map(|controller| format!("+{}", controller.name())).collect();
                     write(&parent.join("cgroup.subtree_control"), &wanted.join(" "))?;
                 }
                 let directory = top.join(name);
@@ -126,10 +117,7 @@ impl Group {
             write(&directory.join("pids.max"), &count.to_string())?;
         }
         if let Some(share) = plan.cpu_thousandths {
-            write(
-                &directory.join("cpu.max"),
-                &format!("{} {CPU_PERIOD_US}", quota_us(share)),
-            )?;
+            write(&directory.join("cpu.max"), &format!("{} {CPU_PERIOD_US}", quota_us(share)))?;
         }
         Ok(())
     }
@@ -144,10 +132,7 @@ impl Group {
                     write_if_there(&directory.join("memory.kmem.tcp.limit_in_bytes"), &bytes)?;
                 }
                 Some(Controller::Pids) => {
-                    write(
-                        &directory.join("pids.max"),
-                        &plan.pids_max.unwrap_or_default().to_string(),
-                    )?;
+                    write(&directory.join("pids.max"), &plan.pids_max.unwrap_or_default().to_string())?;
                 }
                 Some(Controller::Cpu) => {
                     let quota = quota_us(plan.cpu_thousandths.unwrap_or_default());
@@ -164,12 +149,8 @@ impl Group {
     /// # Errors
     /// When a file cannot be opened.
     pub fn entry(&self) -> Result<Entry, GroupError> {
-        let error = |path: PathBuf| {
-            move |source: rustix::io::Errno| GroupError {
-                path,
-                source: source.into(),
-            }
-        };
+        let error =
+            |path: PathBuf| move |source: rustix::io::Errno| GroupError { path, source: source.into() };
         match self.version {
             CgroupVersion::V2 => {
                 let path = self.directories[0].1.clone();
@@ -180,11 +161,7 @@ impl Group {
                     let path = directory.join("tasks");
                     openat(CWD, &path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).map_err(error(path))
                 };
-                self.directories
-                    .iter()
-                    .map(open)
-                    .collect::<Result<_, _>>()
-                    .map(Entry::Write)
+                self.directories.iter().map(open).collect::<Result<_, _>>().map(Entry::Write)
             }
         }
     }
@@ -232,9 +209,7 @@ impl Group {
     pub fn remove(&self) {
         for (controller, directory) in &self.directories {
             remove_directory(directory);
-            let top = controller
-                .map_or_else(|| cgroup2_root().to_owned(), cgroup1_root)
-                .join(TOP);
+            let top = controller.map_or_else(|| cgroup2_root().to_owned(), cgroup1_root).join(TOP);
             // Others may still be in it.
             drop(fs::remove_dir(top));
         }
@@ -268,17 +243,11 @@ fn make_directory(path: &Path, shared: bool) -> Result<(), GroupError> {
                 }
             }
             Err(source) => {
-                return Err(GroupError {
-                    path: path.to_owned(),
-                    source,
-                });
+                return Err(GroupError { path: path.to_owned(), source });
             }
         }
     }
-    Err(GroupError {
-        path: path.to_owned(),
-        source: io::Error::from(io::ErrorKind::ResourceBusy),
-    })
+    Err(GroupError { path: path.to_owned(), source: io::Error::from(io::ErrorKind::ResourceBusy) })
 }
 
 fn remove_directory(path: &Path) {
@@ -291,34 +260,23 @@ fn remove_directory(path: &Path) {
 }
 
 fn write(path: &Path, text: &str) -> Result<(), GroupError> {
-    write_existing(path, text).map_err(|source| GroupError {
-        path: path.to_owned(),
-        source,
-    })
+    write_existing(path, text).map_err(|source| GroupError { path: path.to_owned(), source })
 }
 
 fn write_if_there(path: &Path, text: &str) -> Result<(), GroupError> {
     match write_existing(path, text) {
         // Without swap accounting the kernel has no such file, or knows the file and not the thing.
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::Unsupported) => Ok(()),
-        other => other.map_err(|source| GroupError {
-            path: path.to_owned(),
-            source,
-        }),
+        other => other.map_err(|source| GroupError { path: path.to_owned(), source }),
     }
 }
 
 fn write_existing(path: &Path, text: &str) -> io::Result<()> {
-    fs::OpenOptions::new()
-        .write(true)
-        .open(path)?
-        .write_all(text.as_bytes())
+    fs::OpenOptions::new().write(true).open(path)?.write_all(text.as_bytes())
 }
 
 fn field(path: &Path, key: &str) -> u64 {
     let text = fs::read_to_string(path).unwrap_or_default();
-    let value = text
-        .lines()
-        .find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+    let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
     value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }

@@ -11,6 +11,7 @@ use rustix::fs::{Mode, OFlags, openat};
 use seccompiler::BpfProgram;
 
 use crate::cgroup::Entry;
+use crate::nest::Nest;
 use crate::plan::{INNER_ID, LandlockAccess, LandlockPlan, Plan, Rlimit};
 use crate::sys;
 
@@ -23,6 +24,7 @@ const SECUREBITS: libc::c_ulong = 0b1111_1111;
 pub(crate) struct Prepared<'a> {
     pub plan: &'a Plan,
     pub filter: &'a BpfProgram,
+    pub nest: &'a Nest,
     pub trees: Trees,
     pub entry: Option<Entry>,
     /// The host uid and gid of the workload.
@@ -40,6 +42,7 @@ pub(crate) enum Stage {
     Cgroup,
     Namespaces,
     Root,
+    Base,
     Files,
     Workspace,
     Rlimits,
@@ -50,10 +53,11 @@ pub(crate) enum Stage {
 }
 
 impl Stage {
-    pub(crate) const ALL: [Stage; 10] = [
+    pub(crate) const ALL: [Stage; 11] = [
         Stage::Cgroup,
         Stage::Namespaces,
         Stage::Root,
+        Stage::Base,
         Stage::Files,
         Stage::Workspace,
         Stage::Rlimits,
@@ -68,6 +72,7 @@ impl Stage {
             Stage::Cgroup => "cgroup",
             Stage::Namespaces => "namespaces",
             Stage::Root => "root",
+            Stage::Base => "base",
             Stage::Files => "files",
             Stage::Workspace => "workspace",
             Stage::Rlimits => "rlimits",
@@ -88,22 +93,18 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
-    fn at(stage: Stage, object: usize) -> impl FnOnce(io::Error) -> Failure {
-        move |error| Failure {
-            stage,
-            object,
-            errno: error.raw_os_error().unwrap_or(libc::EINVAL),
-        }
+    pub(crate) fn at(stage: Stage, object: usize) -> impl FnOnce(io::Error) -> Failure {
+        move |error| Failure { stage, object, errno: error.raw_os_error().unwrap_or(libc::EINVAL) }
     }
 }
 
 type Result<T> = std::result::Result<T, Failure>;
 
-/// In new namespaces, still with every right of the launcher.
+/// In a new process namespace, still with every right of the launcher.
 pub(crate) struct Born(());
-/// In its control group and with every namespace but the user namespace.
+/// In its control group and with every namespace but the user namespace, on an empty root; the host's is gone.
 struct Separate(());
-/// On its own root; the host's is gone.
+/// On its whole root.
 struct Rooted(());
 /// With its resource limits.
 struct Limited(());
@@ -118,17 +119,9 @@ pub(crate) struct Confined(());
 
 /// Goes the whole way.
 pub(crate) fn confine(prepared: Prepared<'_>) -> Result<Confined> {
-    let Prepared {
-        plan,
-        filter,
-        trees,
-        entry,
-        uid,
-        streams,
-        kept,
-    } = prepared;
+    let Prepared { plan, filter, nest, trees, entry, uid, streams, kept } = prepared;
     Born(())
-        .separate(entry, &plan.hostname)?
+        .separate(entry, nest)?
         .root(plan, trees, uid)?
         .limit(&plan.rlimits)?
         .describe(streams, kept)?
@@ -137,8 +130,16 @@ pub(crate) fn confine(prepared: Prepared<'_>) -> Result<Confined> {
         .filter(filter)
 }
 
+/// An empty root with what every root begins with, in a mount namespace that was just made.
+pub(crate) fn make_root() -> Result<()> {
+    // Modes are exactly as the plan says.
+    rustix::process::umask(Mode::empty());
+    files::enter_root().map_err(Failure::at(Stage::Root, 0))?;
+    files::base()
+}
+
 impl Born {
-    fn separate(self, entry: Option<Entry>, hostname: &str) -> Result<Separate> {
+    fn separate(self, entry: Option<Entry>, nest: &Nest) -> Result<Separate> {
         if let Some(Entry::Write(files)) = entry {
             for (object, file) in files.iter().enumerate() {
                 rustix::io::write(file, b"0")
@@ -146,17 +147,15 @@ impl Born {
                     .map_err(Failure::at(Stage::Cgroup, object))?;
             }
         }
-        // Modes are exactly as the plan says; the workload gets a umask of its own.
         rustix::process::umask(Mode::empty());
-        let calls: [&dyn Fn() -> io::Result<()>; 4] = [
+        let calls: [&dyn Fn() -> io::Result<()>; 3] = [
+            &|| nest.join(),
             // After the move, so that the new root of control groups is the sandbox's own.
             &|| Ok(nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWCGROUP)?),
-            &|| Ok(rustix::system::sethostname(hostname.as_bytes())?),
-            &sys::loopback_up,
             &|| Ok(rustix::process::setsid().map(drop)?),
         ];
         for (object, call) in calls.iter().enumerate() {
-            call().map_err(Failure::at(Stage::Namespaces, object))?;
+            call().map_err(Failure::at(Stage::Namespaces, object + 3))?;
         }
         Ok(Separate(()))
     }
@@ -164,7 +163,6 @@ impl Born {
 
 impl Separate {
     fn root(self, plan: &Plan, trees: Trees, uid: u32) -> Result<Rooted> {
-        files::enter_root().map_err(Failure::at(Stage::Root, 0))?;
         files::build(&plan.files, &trees, uid)?;
         files::workspace(&trees)?;
         rustix::process::chdir(plan.command.directory.as_path())
@@ -208,11 +206,7 @@ impl Limited {
             .map_err(Failure::at(Stage::Descriptors, 0))?;
         // Before their numbers are closed under them.
         drop(streams);
-        let standard = [
-            rustix::stdio::stdin(),
-            rustix::stdio::stdout(),
-            rustix::stdio::stderr(),
-        ];
+        let standard = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
         let all: Vec<BorrowedFd<'_>> = standard.into_iter().chain(kept).collect();
         sys::close_all_but(&all).map_err(Failure::at(Stage::Descriptors, 1))?;
         rustix::process::umask(Mode::WGRP | Mode::WOTH);
@@ -251,12 +245,7 @@ impl Described {
 }
 
 fn write_map(path: &str, text: &str) -> io::Result<()> {
-    let file = openat(
-        rustix::fs::CWD,
-        path,
-        OFlags::WRONLY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
+    let file = openat(rustix::fs::CWD, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
     Ok(rustix::io::write(file, text.as_bytes()).map(drop)?)
 }
 
@@ -265,12 +254,7 @@ fn drop_capabilities() -> io::Result<()> {
     use caps::CapSet;
     sys::drop_bounding_set()?;
     sys::set_securebits(SECUREBITS)?;
-    for set in [
-        CapSet::Ambient,
-        CapSet::Inheritable,
-        CapSet::Effective,
-        CapSet::Permitted,
-    ] {
+    for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
         caps::clear(None, set).map_err(|_| io::Error::from_raw_os_error(libc::EPERM))?;
     }
     Ok(())
@@ -316,21 +300,10 @@ fn landlock_restrict(plan: &LandlockPlan) -> io::Result<()> {
             }
             LandlockAccess::Write => all,
         };
-        let place = openat(
-            rustix::fs::CWD,
-            path,
-            OFlags::PATH | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
+        let place = openat(rustix::fs::CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         let is_directory = rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&place)?.st_mode).is_dir();
-        let allowed = if is_directory {
-            allowed
-        } else {
-            allowed & AccessFs::from_file(abi)
-        };
-        ruleset = ruleset
-            .add_rule(PathBeneath::new(place.as_fd(), allowed))
-            .map_err(refused)?;
+        let allowed = if is_directory { allowed } else { allowed & AccessFs::from_file(abi) };
+        ruleset = ruleset.add_rule(PathBeneath::new(place.as_fd(), allowed)).map_err(refused)?;
     }
     let status = ruleset.no_new_privs(false).restrict_self().map_err(refused)?;
     if status.ruleset == RulesetStatus::FullyEnforced {
@@ -347,9 +320,7 @@ impl Fenced {
             seccompiler::Error::Seccomp(error) | seccompiler::Error::Prctl(error) => error,
             _ => io::Error::from_raw_os_error(libc::EINVAL),
         };
-        seccompiler::apply_filter(program)
-            .map_err(error)
-            .map_err(Failure::at(Stage::Seccomp, 0))?;
+        seccompiler::apply_filter(program).map_err(error).map_err(Failure::at(Stage::Seccomp, 0))?;
         Ok(Confined(()))
     }
 }

@@ -110,25 +110,11 @@ impl Host {
     /// Looks at this host, for what `policy` names.
     pub fn probe(policy: &Policy, caller: Caller) -> Host {
         let read = policy.file().files.read.iter();
-        let homes = policy
-            .file()
-            .env
-            .set
-            .values()
-            .filter_map(|value| value.parse::<HostPath>().ok());
-        let wanted = read
-            .cloned()
-            .chain(homes.filter(|path| path.as_str().starts_with("~/")));
-        let paths = wanted
-            .filter_map(|path| caller.expand(&path))
-            .map(|path| (path.clone(), look(&path)))
-            .collect();
-        Host {
-            landlock_abi: sys::landlock_abi(),
-            cgroups: cgroups(),
-            caller,
-            paths,
-        }
+        let homes = policy.file().env.set.values().filter_map(|value| value.parse::<HostPath>().ok());
+        let wanted = read.cloned().chain(homes.filter(|path| path.as_str().starts_with("~/")));
+        let paths =
+            wanted.filter_map(|path| caller.expand(&path)).map(|path| (path.clone(), look(&path))).collect();
+        Host { landlock_abi: sys::landlock_abi(), cgroups: cgroups(), caller, paths }
     }
 
     /// What stands at `path`; [`PathKind::Absent`] for what the policy did not name.
@@ -181,17 +167,11 @@ fn cgroups() -> Cgroups {
         let listed =
             std::fs::read_to_string(Path::new(CGROUP_ROOT).join("cgroup.controllers")).unwrap_or_default();
         let has = |controller: &Controller| listed.split_whitespace().any(|name| name == controller.name());
-        return Cgroups::V2 {
-            controllers: Controller::ALL.into_iter().filter(has).collect(),
-        };
+        return Cgroups::V2 { controllers: Controller::ALL.into_iter().filter(has).collect() };
     }
     let mounted = |controller: &Controller| filesystem(&cgroup1_root(*controller)) == Some(CGROUP1_MAGIC);
     let controllers: Vec<_> = Controller::ALL.into_iter().filter(mounted).collect();
-    if controllers.is_empty() {
-        Cgroups::None
-    } else {
-        Cgroups::V1 { controllers }
-    }
+    if controllers.is_empty() { Cgroups::None } else { Cgroups::V1 { controllers } }
 }
 
 /// The root of a v1 controller's hierarchy.
@@ -206,17 +186,10 @@ pub(crate) fn cgroup2_root() -> &'static Path {
 
 fn filesystem(path: &Path) -> Option<u64> {
     // A type of `statfs` differs between architectures; the magic numbers fit all of them.
-    statfs(path)
-        .ok()
-        .and_then(|found| u64::try_from(found.f_type).ok())
+    statfs(path).ok().and_then(|found| u64::try_from(found.f_type).ok())
 }
 
 /// A directory opened only to be named in further calls.
 pub(crate) fn open_directory(path: &Path) -> rustix::io::Result<rustix::fd::OwnedFd> {
-    openat(
-        CWD,
-        path,
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
+    openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }

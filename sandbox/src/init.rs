@@ -31,11 +31,9 @@ pub(crate) const MESSAGE_BYTES: usize = 12;
 impl Message {
     fn encode(self) -> [u8; MESSAGE_BYTES] {
         let words: [i32; 3] = match self {
-            Message::SetupFailed { stage, object, errno } => [
-                (stage as i32) << 8,
-                i32::try_from(object).unwrap_or(i32::MAX),
-                errno,
-            ],
+            Message::SetupFailed { stage, object, errno } => {
+                [(stage as i32) << 8, i32::try_from(object).unwrap_or(i32::MAX), errno]
+            }
             Message::ExecFailed { errno } => [1, errno, 0],
             Message::Exited { code } => [2, code, 0],
             Message::Signaled { signal } => [3, signal, 0],
@@ -57,11 +55,7 @@ impl Message {
             3 => Some(Message::Signaled { signal: word(4) }),
             stage if stage & 0xff == 0 => {
                 let stage = *Stage::ALL.get(usize::try_from(stage >> 8).ok()?)?;
-                Some(Message::SetupFailed {
-                    stage,
-                    object: usize::try_from(word(4)).ok()?,
-                    errno: word(8),
-                })
+                Some(Message::SetupFailed { stage, object: usize::try_from(word(4)).ok()?, errno: word(8) })
             }
             _ => None,
         }
@@ -78,12 +72,9 @@ pub(crate) fn setup_failed(status: &OwnedFd, failure: &Failure) -> ! {
 pub(crate) fn live(_: &Confined, image: &Image, status: &OwnedFd) -> ! {
     match start(image, status) {
         Ok((workload, signals)) => tend(workload, &signals, status),
-        Err(error) => say(
-            status,
-            Message::ExecFailed {
-                errno: error.raw_os_error().unwrap_or(libc::EINVAL),
-            },
-        ),
+        Err(error) => {
+            say(status, Message::ExecFailed { errno: error.raw_os_error().unwrap_or(libc::EINVAL) })
+        }
     }
 }
 
@@ -110,10 +101,7 @@ fn start(image: &Image, status: &OwnedFd) -> io::Result<(Pid, SignalFd)> {
 
 fn launcher_is_gone(status: &OwnedFd) -> bool {
     let mut ends = [PollFd::new(status, PollFlags::empty())];
-    let now = Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut ends, Some(&now)).is_ok() && ends[0].revents().contains(PollFlags::ERR)
 }
 
@@ -144,9 +132,7 @@ fn reap(workload: Pid) -> Option<Message> {
     while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
         if pid == workload {
             let code = status.exit_status().map(|code| Message::Exited { code });
-            message = code.or(status
-                .terminating_signal()
-                .map(|signal| Message::Signaled { signal }));
+            message = code.or(status.terminating_signal().map(|signal| Message::Signaled { signal }));
         }
     }
     message
@@ -164,11 +150,7 @@ mod tests {
 
     #[test]
     fn every_message_comes_back_as_it_was() {
-        let failed = Stage::ALL.map(|stage| Message::SetupFailed {
-            stage,
-            object: 7,
-            errno: libc::EIO,
-        });
+        let failed = Stage::ALL.map(|stage| Message::SetupFailed { stage, object: 7, errno: libc::EIO });
         let others = [
             Message::ExecFailed { errno: 2 },
             Message::Exited { code: 255 },

@@ -135,9 +135,7 @@ impl Job {
             return Err(NarrowError::Nul { what: "an argument" });
         }
         if wishes.env.iter().any(|(_, value)| has_nul(value)) {
-            return Err(NarrowError::Nul {
-                what: "an environment variable",
-            });
+            return Err(NarrowError::Nul { what: "an environment variable" });
         }
         let base = &policy.file().limits;
         let limits = Limits {
@@ -156,11 +154,9 @@ where
     T: PartialOrd + fmt::Display + Copy,
 {
     match (policy, wish) {
-        (Some(policy), Some(asked)) if asked > policy => Err(NarrowError::Wider {
-            limit,
-            asked: asked.to_string(),
-            policy: policy.to_string(),
-        }),
+        (Some(policy), Some(asked)) if asked > policy => {
+            Err(NarrowError::Wider { limit, asked: asked.to_string(), policy: policy.to_string() })
+        }
         (policy, wish) => Ok(wish.or(policy)),
     }
 }

@@ -8,7 +8,9 @@ mod confine;
 mod host;
 mod init;
 mod job;
+mod judge;
 mod launch;
+mod nest;
 mod open;
 mod plan;
 mod policy;
@@ -25,6 +27,7 @@ pub use cgroup::GroupError;
 pub use host::{Caller, Cgroups, Controller, Host, PathKind};
 pub use job::{Job, NarrowError, Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish};
 pub use launch::{LaunchError, default_slots, run};
+pub use nest::Nest;
 pub use open::OpenError;
 pub use plan::{
     CgroupPlan, CgroupVersion, CommandPlan, Exec, INNER_ID, LANDLOCK_ABI_TESTED, LandlockAccess,

@@ -10,8 +10,10 @@ use rustix::mount::{
     fsopen, open_tree,
 };
 
+use crate::confine::Trees;
 use crate::plan::{Plan, Step};
 use crate::sys::{MountAttributes, Reach, mount_setattr};
+use crate::workspace::Workspace;
 
 /// A tree that could not be opened.
 #[derive(Debug)]
@@ -22,32 +24,29 @@ pub struct OpenError {
     pub source: io::Error,
 }
 
-/// One detached mount for each [`Step::Tree`] of `plan`, in order: read-only, without set-id bits and devices, and cut off
-/// from the host's mount events.
-pub(crate) fn system_trees(plan: &Plan) -> Result<Vec<OwnedFd>, OpenError> {
+/// Everything that the child attaches.
+pub(crate) fn trees(plan: &Plan, workspace: Option<&Workspace>) -> Result<Trees, OpenError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| OpenError { path, source }
+    };
     let sources = plan.files.iter().filter_map(|step| match step {
         Step::Tree { source, .. } => Some(source.as_path()),
         _ => None,
     });
-    sources
-        .map(|path| {
-            tree(path).map_err(|source| OpenError {
-                path: path.to_owned(),
-                source,
-            })
-        })
-        .collect()
+    let mount = workspace.map(|workspace| workspace.mount.try_clone()).transpose();
+    Ok(Trees {
+        system: sources.map(|path| tree(path).map_err(failed(path))).collect::<Result<_, _>>()?,
+        workspace: mount.map_err(failed(Path::new("workspace")))?,
+        protect: workspace.map(|workspace| workspace.protect.clone()).unwrap_or_default(),
+        terminals: terminals().map_err(failed(Path::new("/dev/pts")))?,
+    })
 }
 
+/// Read-only, without set-id bits and devices, and cut off from the host's mount events.
 fn tree(path: &Path) -> io::Result<OwnedFd> {
     // The plan holds resolved paths; whoever swaps a link in since then gets an error.
-    let found = openat2(
-        CWD,
-        path,
-        OFlags::PATH | OFlags::CLOEXEC,
-        Mode::empty(),
-        ResolveFlags::NO_SYMLINKS,
-    )?;
+    let found = openat2(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::NO_SYMLINKS)?;
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_RECURSIVE
@@ -63,23 +62,14 @@ fn tree(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// A devpts(5) of its own, not yet mounted anywhere.
-pub(crate) fn terminals() -> io::Result<OwnedFd> {
+fn terminals() -> io::Result<OwnedFd> {
     let context = fsopen("devpts", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    for (key, value) in [
-        ("ptmxmode", "0666"),
-        ("mode", "0620"),
-        ("gid", "5"),
-        ("max", "64"),
-    ] {
+    for (key, value) in [("ptmxmode", "0666"), ("mode", "0620"), ("gid", "5"), ("max", "64")] {
         fsconfig_set_string(context.as_fd(), key, value)?;
     }
     fsconfig_create(context.as_fd())?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    Ok(fsmount(
-        context.as_fd(),
-        FsMountFlags::FSMOUNT_CLOEXEC,
-        attributes,
-    )?)
+    Ok(fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
 }
 
 /// A terminal of `terminals`: the side that stays outside, and the one that goes in.
@@ -88,10 +78,7 @@ pub(crate) fn terminal(terminals: &OwnedFd, uid: u32) -> io::Result<(OwnedFd, Ow
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
     let outside = openat(terminals, "ptmx", flags, Mode::empty())?;
     unlockpt(&outside)?;
-    let inside = ioctl_tiocgptpeer(
-        &outside,
-        OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC,
-    )?;
+    let inside = ioctl_tiocgptpeer(&outside, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
     let owner = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(uid));
     rustix::fs::fchown(&inside, Some(owner.0), Some(owner.1))?;
     Ok((outside, inside))

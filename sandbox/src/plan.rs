@@ -20,6 +20,9 @@ use crate::policy::{Gap, Policy};
 /// The user and group that the workload sees itself as. Outside it is its slot's id, never 0.
 pub const INNER_ID: u32 = 1000;
 
+/// The name that uname(2) gives inside.
+pub const HOSTNAME: &str = "sandbox";
+
 /// The Landlock ABI up to which enforcement is tested here. A newer kernel is used at this level.
 pub const LANDLOCK_ABI_TESTED: u8 = 7;
 
@@ -28,9 +31,9 @@ pub const LANDLOCK_ABI_TESTED: u8 = 7;
 pub struct Plan {
     /// The policy's name.
     pub policy: String,
-    /// The name that uname(2) gives inside.
-    pub hostname: String,
-    /// What is put together under the new root, in order.
+    /// What every root begins with, whatever the policy: put together while the policy is still being read.
+    pub base: Vec<Step>,
+    /// What is put together under the new root after that, in order.
     pub files: Vec<Step>,
     /// The workspace, if there is one.
     pub workspace: Option<WorkspacePlan>,
@@ -260,10 +263,10 @@ impl Plan {
         }
         let mut gaps = Vec::new();
         let workspace = workspace(policy, job);
-        let files = files::steps(policy, job, host);
+        let files = files::steps(policy, host);
         Ok(Plan {
             policy: policy.name().to_owned(),
-            hostname: "sandbox".to_owned(),
+            base: files::base(),
             cgroup: cgroup(policy, job, host, &mut gaps)?,
             rlimits: rlimits(job),
             timeout_ms: job.limits.timeout.map(milliseconds),
@@ -296,10 +299,7 @@ fn workspace(policy: &Policy, job: &Job) -> Option<WorkspacePlan> {
         .protect
         .iter()
         .filter(|path| !words.hold.contains_key(path))
-        .map(|path| Protect {
-            path: path.as_str().into(),
-            placeholder: Placeholder::Directory,
-        });
+        .map(|path| Protect { path: path.as_str().into(), placeholder: Placeholder::Directory });
     let held = words.hold.iter().map(|(path, text)| Protect {
         path: path.as_str().into(),
         placeholder: Placeholder::File(text.clone()),
@@ -311,11 +311,7 @@ fn workspace(policy: &Policy, job: &Job) -> Option<WorkspacePlan> {
     };
     // A parent comes before what is below it: `.git` is covered whole where it is absent.
     protect.sort_by(|one, other| one.path.cmp(&other.path));
-    Some(WorkspacePlan {
-        directory: wish.directory.clone(),
-        mode: wish.mode,
-        protect,
-    })
+    Some(WorkspacePlan { directory: wish.directory.clone(), mode: wish.mode, protect })
 }
 
 fn cgroup(
@@ -346,39 +342,18 @@ fn cgroup(
     let has = |controller| offered.contains(&controller);
     let plan = CgroupPlan {
         version,
-        memory_bytes_max: limits
-            .memory
-            .map(|size| size.bytes())
-            .filter(|_| has(Controller::Memory)),
+        memory_bytes_max: limits.memory.map(|size| size.bytes()).filter(|_| has(Controller::Memory)),
         // Init counts too, and is not the workload's.
-        pids_max: limits
-            .pids
-            .map(|count| count.get().saturating_add(1))
-            .filter(|_| has(Controller::Pids)),
-        cpu_thousandths: limits
-            .cpus
-            .map(|cpus| cpus.thousandths())
-            .filter(|_| has(Controller::Cpu)),
+        pids_max: limits.pids.map(|count| count.get().saturating_add(1)).filter(|_| has(Controller::Pids)),
+        cpu_thousandths: limits.cpus.map(|cpus| cpus.thousandths()).filter(|_| has(Controller::Cpu)),
     };
-    Ok(if wanted.iter().any(|controller| has(*controller)) {
-        Some(plan)
-    } else {
-        None
-    })
+    Ok(if wanted.iter().any(|controller| has(*controller)) { Some(plan) } else { None })
 }
 
 fn rlimits(job: &Job) -> Vec<(Rlimit, u64)> {
-    let mut list = vec![
-        (Rlimit::Core, 1),
-        (Rlimit::RealTimePriority, 0),
-        (Rlimit::Nice, 0),
-    ];
+    let mut list = vec![(Rlimit::Core, 1), (Rlimit::RealTimePriority, 0), (Rlimit::Nice, 0)];
     list.push((Rlimit::LockedMemory, 8 << 20));
-    list.extend(
-        job.limits
-            .open_files
-            .map(|count| (Rlimit::OpenFiles, u64::from(count.get()))),
-    );
+    list.extend(job.limits.open_files.map(|count| (Rlimit::OpenFiles, u64::from(count.get()))));
     list.extend(job.limits.file_size.map(|size| (Rlimit::FileSize, size.bytes())));
     list
 }
@@ -391,13 +366,10 @@ fn landlock(
 ) -> Result<LandlockPlan, PlanError> {
     let floor = policy.file().landlock.floor.map_or(2, |floor| floor.abi());
     if host.landlock_abi < floor {
-        return Err(PlanError::LandlockFloor {
-            floor,
-            found: host.landlock_abi,
-        });
+        return Err(PlanError::LandlockFloor { floor, found: host.landlock_abi });
     }
     let mut rules = vec![(PathBuf::from("/"), LandlockAccess::List)];
-    rules.extend(files.iter().filter_map(Step::landlock_rule));
+    rules.extend(files::base().iter().chain(files).filter_map(Step::landlock_rule));
     rules.extend(workspace.map(|workspace| {
         let access = match workspace.mode {
             WorkspaceMode::ReadOnly => LandlockAccess::Read,
@@ -405,10 +377,7 @@ fn landlock(
         };
         (PathBuf::from(files::WORKSPACE), access)
     }));
-    Ok(LandlockPlan {
-        abi: host.landlock_abi.min(LANDLOCK_ABI_TESTED),
-        rules,
-    })
+    Ok(LandlockPlan { abi: host.landlock_abi.min(LANDLOCK_ABI_TESTED), rules })
 }
 
 fn seccomp(
@@ -417,9 +386,7 @@ fn seccomp(
     gaps: &mut Vec<Gap>,
 ) -> Result<SeccompPlan, PlanError> {
     if policy.file().syscalls.unix_sockets != Some(true) {
-        return Ok(SeccompPlan {
-            unix_sockets: UnixSockets::Refused,
-        });
+        return Ok(SeccompPlan { unix_sockets: UnixSockets::Refused });
     }
     if workspace.is_some() {
         let gap = Gap::UnixSocketsInWorkspace;
@@ -428,9 +395,7 @@ fn seccomp(
         }
         gaps.push(gap);
     }
-    Ok(SeccompPlan {
-        unix_sockets: UnixSockets::Allowed,
-    })
+    Ok(SeccompPlan { unix_sockets: UnixSockets::Allowed })
 }
 
 fn streams(job: &Job) -> StreamsPlan {

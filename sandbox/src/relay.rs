@@ -87,10 +87,7 @@ impl Relay {
         }
         let (output, dropped) = bytes.split_at(8);
         let number = |half: &[u8]| half.try_into().map(u64::from_ne_bytes).unwrap_or(0);
-        Ok(Copied {
-            output_bytes: number(output),
-            dropped_bytes: number(dropped),
-        })
+        Ok(Copied { output_bytes: number(output), dropped_bytes: number(dropped) })
     }
 }
 
@@ -103,13 +100,8 @@ fn drop_everything(flows: &[Flow], report: &OwnedFd, uid: u32, filter: &BpfProgr
     setgroups(&[])?;
     setresgid(gid, gid, gid)?;
     setresuid(uid, uid, uid)?;
-    sys::drop_bounding_set().or_else(|error| {
-        if error.raw_os_error() == Some(libc::EPERM) {
-            Ok(())
-        } else {
-            Err(error)
-        }
-    })?;
+    sys::drop_bounding_set()
+        .or_else(|error| if error.raw_os_error() == Some(libc::EPERM) { Ok(()) } else { Err(error) })?;
     nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
     nix::sys::prctl::set_no_new_privs()?;
     seccompiler::apply_filter(filter).map_err(io::Error::other)
@@ -132,11 +124,7 @@ fn filter() -> io::Result<BpfProgram> {
     let mut rules: BTreeMap<i64, Vec<seccompiler::SeccompRule>> = calls.map(|call| (call, Vec::new())).into();
     #[cfg(target_arch = "x86_64")]
     rules.insert(libc::SYS_poll, Vec::new());
-    let arch = if cfg!(target_arch = "aarch64") {
-        TargetArch::aarch64
-    } else {
-        TargetArch::x86_64
-    };
+    let arch = if cfg!(target_arch = "aarch64") { TargetArch::aarch64 } else { TargetArch::x86_64 };
     let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, arch);
     filter.and_then(TryInto::try_into).map_err(io::Error::other)
 }
@@ -152,22 +140,11 @@ struct Copying {
 
 fn copy_all(flows: Vec<Flow>, cap: Option<u64>, report: &OwnedFd) -> i32 {
     let mut copied = Copied::default();
-    let start = |flow| Copying {
-        flow,
-        buffer: vec![0; BUFFER_BYTES],
-        filled: 0,
-        written: 0,
-        ended: false,
-    };
+    let start = |flow| Copying { flow, buffer: vec![0; BUFFER_BYTES], filled: 0, written: 0, ended: false };
     let mut under_way: Vec<Copying> = flows.into_iter().map(start).collect();
     // When all that comes out has come, nobody is there to read what goes in.
-    while under_way
-        .iter()
-        .any(|copying| copying.flow.direction == Direction::Out)
-        || under_way
-            .iter()
-            .all(|copying| copying.flow.direction != Direction::Out)
-            && !under_way.is_empty()
+    while under_way.iter().any(|copying| copying.flow.direction == Direction::Out)
+        || under_way.iter().all(|copying| copying.flow.direction != Direction::Out) && !under_way.is_empty()
     {
         let mut waits: Vec<PollFd<'_>> = under_way.iter().flat_map(Copying::waits).collect();
         match poll(&mut waits, None) {
@@ -175,10 +152,8 @@ fn copy_all(flows: Vec<Flow>, cap: Option<u64>, report: &OwnedFd) -> i32 {
             Err(Errno::INTR) => continue,
             Err(_) => return 1,
         }
-        let events: Vec<[PollFlags; 2]> = waits
-            .chunks_exact(2)
-            .map(|pair| [pair[0].revents(), pair[1].revents()])
-            .collect();
+        let events: Vec<[PollFlags; 2]> =
+            waits.chunks_exact(2).map(|pair| [pair[0].revents(), pair[1].revents()]).collect();
         for (copying, [main, reader]) in under_way.iter_mut().zip(events) {
             if !main.is_empty() {
                 copying.advance(cap, &mut copied);

@@ -95,12 +95,7 @@ fn leaf(verdict: Verdict) -> sock_filter {
 }
 
 fn statement(code: u16, k: u32) -> sock_filter {
-    sock_filter {
-        code,
-        jt: 0,
-        jf: 0,
-        k,
-    }
+    sock_filter { code, jt: 0, jf: 0, k }
 }
 
 fn branch(code: u16, k: u32, jt: u8, jf: u8) -> sock_filter {

@@ -60,37 +60,20 @@ impl Slot {
         let mut made = false;
         for number in 0..SLOTS_MAX {
             let path = directory.join(number.to_string());
-            let open = || {
-                OpenOptions::new()
-                    .write(true)
-                    .create(true)
-                    .truncate(false)
-                    .mode(0o600)
-                    .open(&path)
-            };
+            let open = || OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
             let lock = match open() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound && !made => {
                     made = true;
-                    DirBuilder::new()
-                        .recursive(true)
-                        .mode(0o700)
-                        .create(directory)
-                        .and_then(|()| open())
+                    DirBuilder::new().recursive(true).mode(0o700).create(directory).and_then(|()| open())
                 }
                 other => other,
             };
-            let lock = lock.map_err(|source| SlotError::Io {
-                path: path.clone(),
-                source,
-            })?;
+            let lock = lock.map_err(|source| SlotError::Io { path: path.clone(), source })?;
             match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(Slot { number, lock }),
                 Err(rustix::io::Errno::WOULDBLOCK) => {}
                 Err(error) => {
-                    return Err(SlotError::Io {
-                        path,
-                        source: error.into(),
-                    });
+                    return Err(SlotError::Io { path, source: error.into() });
                 }
             }
         }

@@ -62,18 +62,10 @@ fn each(plans: [StreamPlan; 3]) -> io::Result<Streams> {
                 let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
                 let callers = stream.try_clone_to_owned()?;
                 if number == 0 {
-                    flows.push(Flow {
-                        from: callers,
-                        to: write,
-                        direction: Direction::In,
-                    });
+                    flows.push(Flow { from: callers, to: write, direction: Direction::In });
                     read
                 } else {
-                    flows.push(Flow {
-                        from: read,
-                        to: callers,
-                        direction: Direction::Out,
-                    });
+                    flows.push(Flow { from: read, to: callers, direction: Direction::Out });
                     write
                 }
             }
@@ -81,11 +73,7 @@ fn each(plans: [StreamPlan; 3]) -> io::Result<Streams> {
         });
     }
     let inside = <[OwnedFd; 3]>::try_from(inside).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
-    Ok(Streams {
-        inside,
-        flows,
-        terminal: None,
-    })
+    Ok(Streams { inside, flows, terminal: None })
 }
 
 fn null() -> io::Result<OwnedFd> {
@@ -97,27 +85,15 @@ fn fresh_terminal(terminals: &OwnedFd, uid: u32) -> io::Result<Streams> {
     let mut flows = Vec::new();
     if let Some(input) = standard_stream(0) {
         let (from, to) = (input.try_clone_to_owned()?, outside.try_clone()?);
-        flows.push(Flow {
-            from,
-            to,
-            direction: Direction::InTerminal,
-        });
+        flows.push(Flow { from, to, direction: Direction::InTerminal });
     }
     if let Some(output) = standard_stream(1) {
         let (from, to) = (outside.try_clone()?, output.try_clone_to_owned()?);
-        flows.push(Flow {
-            from,
-            to,
-            direction: Direction::Out,
-        });
+        flows.push(Flow { from, to, direction: Direction::Out });
     }
     let terminal = CallersTerminal::take(outside)?;
     let inside = [inside.try_clone()?, inside.try_clone()?, inside];
-    Ok(Streams {
-        inside,
-        flows,
-        terminal: Some(terminal),
-    })
+    Ok(Streams { inside, flows, terminal: Some(terminal) })
 }
 
 /// The caller's own terminal, in raw mode while a fresh one is used through it.
@@ -145,10 +121,7 @@ impl CallersTerminal {
 
     /// The fresh terminal gets the size of the caller's.
     pub(crate) fn resize(&self) {
-        let callers = [0, 1]
-            .into_iter()
-            .filter_map(standard_stream)
-            .find(|stream| isatty(stream));
+        let callers = [0, 1].into_iter().filter_map(standard_stream).find(|stream| isatty(stream));
         if let Some(size) = callers.and_then(|stream| tcgetwinsize(stream).ok()) {
             let _ = tcsetwinsize(self.outside.as_fd(), size);
         }

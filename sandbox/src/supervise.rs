@@ -100,11 +100,7 @@ impl Running<'_> {
             }
         };
         self.end()?;
-        Ok(Ended {
-            message,
-            timed_out,
-            wall: self.started.elapsed(),
-        })
+        Ok(Ended { message, timed_out, wall: self.started.elapsed() })
     }
 
     fn next(&self, deadline: Option<Instant>) -> io::Result<Event> {
@@ -114,10 +110,8 @@ impl Running<'_> {
                 tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
                 tv_nsec: i64::from(left.subsec_nanos()),
             });
-            let mut waits = [
-                PollFd::new(&self.status, PollFlags::IN),
-                PollFd::new(&self.signals.arrived, PollFlags::IN),
-            ];
+            let mut waits =
+                [PollFd::new(&self.status, PollFlags::IN), PollFd::new(&self.signals.arrived, PollFlags::IN)];
             match poll(&mut waits, left.as_ref()) {
                 Ok(0) => return Ok(Event::Deadline),
                 Ok(_) | Err(Errno::INTR) => {}

@@ -1,8 +1,5 @@
 //! The system calls that no safe wrapper has, and nothing else. All `unsafe` of this crate is in this module.
-#![allow(
-    unsafe_code,
-    reason = "the one module that may: each block says why it is sound"
-)]
+#![allow(unsafe_code, reason = "the one module that may: each block says why it is sound")]
 
 mod spawn;
 
@@ -51,13 +48,7 @@ pub fn clone3(namespaces: i32, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Sid
     }
     // SAFETY: without CLONE_VM the child has its own copy of memory, as after fork(2); `arguments` and `pidfd` outlive
     // the call; the caller is single-threaded, so no lock of the allocator can be held by anybody.
-    let pid = unsafe {
-        libc::syscall(
-            libc::SYS_clone3,
-            &raw const arguments,
-            size_of::<libc::clone_args>(),
-        )
-    };
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) };
     match pid {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(Side::Child),
@@ -65,10 +56,7 @@ pub fn clone3(namespaces: i32, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Sid
             // SAFETY: the kernel has stored a new descriptor there, which nobody else owns.
             let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
             let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
-            Ok(Side::Parent {
-                pidfd,
-                pid: pid.ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))?,
-            })
+            Ok(Side::Parent { pidfd, pid: pid.ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))? })
         }
     }
 }
@@ -126,11 +114,7 @@ pub fn mount_setattr(mount: impl AsFd, attributes: MountAttributes, reach: Reach
 pub fn join_new_session_keyring() -> io::Result<()> {
     // SAFETY: a null name asks for an anonymous keyring; no memory is passed.
     check(unsafe {
-        libc::syscall(
-            libc::SYS_keyctl,
-            KEYCTL_JOIN_SESSION_KEYRING,
-            std::ptr::null::<libc::c_char>(),
-        )
+        libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<libc::c_char>())
     })
 }
 
@@ -185,9 +169,7 @@ pub fn drop_bounding_set() -> io::Result<()> {
 /// As prctl(2).
 pub fn set_securebits(bits: libc::c_ulong) -> io::Result<()> {
     // SAFETY: PR_SET_SECUREBITS takes a number and touches no memory.
-    check(i64::from(unsafe {
-        libc::prctl(libc::PR_SET_SECUREBITS, bits, 0, 0, 0)
-    }))
+    check(i64::from(unsafe { libc::prctl(libc::PR_SET_SECUREBITS, bits, 0, 0, 0) }))
 }
 
 /// Brings `lo` up in the network namespace of the caller.
@@ -208,32 +190,21 @@ pub fn loopback_up() -> io::Result<()> {
     }
     request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
     // SAFETY: SIOCSIFFLAGS reads the ifreq, which outlives the call.
-    check(i64::from(unsafe {
-        libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request)
-    }))
+    check(i64::from(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) }))
 }
 
 /// The Landlock ABI of the running kernel; 0 where there is none or it may not be used.
 pub fn landlock_abi() -> u8 {
     const VERSION: u32 = 1;
     // SAFETY: with LANDLOCK_CREATE_RULESET_VERSION the attribute is null and nothing is read.
-    let abi = unsafe {
-        libc::syscall(
-            libc::SYS_landlock_create_ruleset,
-            std::ptr::null::<u8>(),
-            0_usize,
-            VERSION,
-        )
-    };
+    let abi =
+        unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, VERSION) };
     u8::try_from(abi).unwrap_or(0)
 }
 
 /// Takes ownership of one of the three standard descriptors, if it is open.
 pub fn standard_stream(number: i32) -> Option<BorrowedFd<'static>> {
-    assert!(
-        (0..3).contains(&number),
-        "only the standard streams are ever lent for ever"
-    );
+    assert!((0..3).contains(&number), "only the standard streams are ever lent for ever");
     // SAFETY: F_GETFD takes no memory.
     let open = unsafe { libc::fcntl(number, libc::F_GETFD) } != -1;
     // SAFETY: this process never closes its standard descriptors, so the loan may last for ever.
@@ -246,9 +217,5 @@ pub fn raw(fd: &OwnedFd) -> u64 {
 }
 
 fn check(result: libc::c_long) -> io::Result<()> {
-    if result == -1 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -65,9 +65,7 @@ impl std::fmt::Display for WorkspaceError {
             WorkspaceError::Open { path, source } => {
                 write!(out, "cannot open the workspace {}: {source}", path.display())
             }
-            WorkspaceError::Idmap {
-                path, overlay: true, ..
-            } => write!(
+            WorkspaceError::Idmap { path, overlay: true, .. } => write!(
                 out,
                 "the workspace {} lies on an overlay filesystem, which cannot be idmapped; put it on ext4, xfs, btrfs or tmpfs \
                  (in a container: on a volume)",
@@ -87,11 +85,7 @@ impl std::fmt::Display for WorkspaceError {
                 path.display()
             ),
             WorkspaceError::Hold { path, source } => {
-                write!(
-                    out,
-                    "cannot protect {} in the workspace: {source}",
-                    path.display()
-                )
+                write!(out, "cannot protect {} in the workspace: {source}", path.display())
             }
         }
     }
@@ -125,10 +119,7 @@ impl Workspace {
     /// See [`WorkspaceError`]. Placeholders that were made are taken away again.
     pub(crate) fn open(plan: &WorkspacePlan, uid: u32) -> Result<Workspace, WorkspaceError> {
         let path = &plan.directory;
-        let failed = |source: Errno| WorkspaceError::Open {
-            path: path.clone(),
-            source: source.into(),
-        };
+        let failed = |source: Errno| WorkspaceError::Open { path: path.clone(), source: source.into() };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory =
             openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS).map_err(failed)?;
@@ -157,13 +148,7 @@ impl Workspace {
 
 fn release(held: &[Held]) {
     // Children before their parents.
-    for Held {
-        parent,
-        name,
-        lock,
-        flags,
-    } in held.iter().rev()
-    {
+    for Held { parent, name, lock, flags } in held.iter().rev() {
         // Another run that holds it takes it away when it ends.
         if flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok() && is_still(parent, name, lock) {
             let _ = unlinkat(parent, name, *flags);
@@ -178,15 +163,8 @@ fn idmapped(directory: &OwnedFd, owner: &Stat, mode: WorkspaceMode, uid: u32) ->
         | OpenTreeFlags::AT_RECURSIVE
         | OpenTreeFlags::AT_EMPTY_PATH;
     let mount = open_tree(directory, "", flags)?;
-    let map = user_namespace(
-        &format!("{} {uid} 1", owner.st_uid),
-        &format!("{} {uid} 1", owner.st_gid),
-    )?;
-    let read_only = if mode == WorkspaceMode::ReadOnly {
-        libc::MOUNT_ATTR_RDONLY
-    } else {
-        0
-    };
+    let map = user_namespace(&format!("{} {uid} 1", owner.st_uid), &format!("{} {uid} 1", owner.st_gid))?;
+    let read_only = if mode == WorkspaceMode::ReadOnly { libc::MOUNT_ATTR_RDONLY } else { 0 };
     let attributes = MountAttributes {
         set: libc::MOUNT_ATTR_IDMAP | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | read_only,
         clear: 0,
@@ -211,12 +189,7 @@ fn user_namespace(uid_map: &str, gid_map: &str) -> io::Result<OwnedFd> {
             let made = std::fs::write(folder.join("uid_map"), uid_map)
                 .and_then(|()| std::fs::write(folder.join("gid_map"), gid_map))
                 .and_then(|()| {
-                    Ok(openat(
-                        CWD,
-                        folder.join("ns/user"),
-                        OFlags::RDONLY | OFlags::CLOEXEC,
-                        Mode::empty(),
-                    )?)
+                    Ok(openat(CWD, folder.join("ns/user"), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
                 });
             drop(go);
             let ended = rustix::process::waitid(
@@ -252,10 +225,7 @@ fn hold_all(
             }
             Err(error) => {
                 release(&held);
-                return Err(WorkspaceError::Hold {
-                    path: path.clone(),
-                    source: error.into(),
-                });
+                return Err(WorkspaceError::Hold { path: path.clone(), source: error.into() });
             }
         }
     }
@@ -279,11 +249,7 @@ fn hold(
         let found = match look(&parent, &name) {
             Err(Errno::NOENT) => {
                 // A file holds its place only directly; above it, as anywhere, a directory does.
-                let placeholder = if last {
-                    placeholder
-                } else {
-                    &Placeholder::Directory
-                };
+                let placeholder = if last { placeholder } else { &Placeholder::Directory };
                 let held = make(parent, name, owner, placeholder)?;
                 return Ok((walked, Some(held)));
             }
@@ -305,21 +271,13 @@ fn hold(
 }
 
 fn look(parent: &OwnedFd, name: &Path) -> rustix::io::Result<FileType> {
-    Ok(FileType::from_raw_mode(
-        statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?.st_mode,
-    ))
+    Ok(FileType::from_raw_mode(statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?.st_mode))
 }
 
 fn open_below(parent: &OwnedFd, name: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     // Opening a FIFO or a device here must neither wait nor act.
-    openat2(
-        parent,
-        name,
-        flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY,
-        Mode::empty(),
-        resolve,
-    )
+    openat2(parent, name, flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY, Mode::empty(), resolve)
 }
 
 /// A placeholder of another run, or of one that was killed.
@@ -332,18 +290,9 @@ fn marked(parent: &OwnedFd, name: &Path, found: FileType) -> rustix::io::Result<
         return Ok(None);
     }
     flock(&lock, FlockOperation::LockShared)?;
-    let flags = if found.is_dir() {
-        AtFlags::REMOVEDIR
-    } else {
-        AtFlags::empty()
-    };
+    let flags = if found.is_dir() { AtFlags::REMOVEDIR } else { AtFlags::empty() };
     let parent = rustix::io::fcntl_dupfd_cloexec(parent, 3)?;
-    Ok(Some(Held {
-        parent,
-        name: name.to_owned(),
-        lock,
-        flags,
-    }))
+    Ok(Some(Held { parent, name: name.to_owned(), lock, flags }))
 }
 
 fn make(parent: OwnedFd, name: PathBuf, owner: &Stat, placeholder: &Placeholder) -> rustix::io::Result<Held> {
@@ -354,10 +303,7 @@ fn make(parent: OwnedFd, name: PathBuf, owner: &Stat, placeholder: &Placeholder)
                     Err(Errno::EXIST) => {}
                     other => other?,
                 }
-                (
-                    open_below(&parent, &name, OFlags::RDONLY | OFlags::DIRECTORY),
-                    AtFlags::REMOVEDIR,
-                )
+                (open_below(&parent, &name, OFlags::RDONLY | OFlags::DIRECTORY), AtFlags::REMOVEDIR)
             }
             Placeholder::File(content) => (make_file(&parent, &name, content), AtFlags::empty()),
         };
@@ -368,19 +314,10 @@ fn make(parent: OwnedFd, name: PathBuf, owner: &Stat, placeholder: &Placeholder)
         flock(&lock, FlockOperation::LockShared)?;
         // Another run may have taken it away between the two calls.
         if is_still(&parent, &name, &lock) {
-            fchown(
-                &lock,
-                Some(Uid::from_raw(owner.st_uid)),
-                Some(Gid::from_raw(owner.st_gid)),
-            )?;
+            fchown(&lock, Some(Uid::from_raw(owner.st_uid)), Some(Gid::from_raw(owner.st_gid)))?;
             // Where the filesystem has no extended attributes, only the run that made it knows it.
             let _ = fsetxattr(&lock, MARK, b"1", XattrFlags::empty());
-            return Ok(Held {
-                parent,
-                name,
-                lock,
-                flags,
-            });
+            return Ok(Held { parent, name, lock, flags });
         }
     }
     Err(Errno::BUSY)

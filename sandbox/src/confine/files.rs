@@ -1,6 +1,7 @@
 //! Puts the new root together, from trees that the parent opened. Once the child stands on it, the host's files are gone,
 //! and every path here is one inside.
 
+use std::ffi::CString;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -8,13 +9,12 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{CWD, FileType, Mode, OFlags, mkdir, mknodat, openat, symlink};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
-    UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_bind, mount_change,
-    move_mount, open_tree, unmount,
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_bind,
+    mount_change, move_mount, open_tree, unmount,
 };
 
 use super::{Failure, Result, Stage};
-use crate::plan::files::{EMPTY, WORKSPACE};
+use crate::plan::files::{self as plan, EMPTY, WORKSPACE};
 use crate::plan::{Exec, Owner, Step};
 use crate::sys::{MountAttributes, Reach, mount_setattr};
 
@@ -37,14 +37,8 @@ const ROOT_INODES: u32 = 4096;
 const STAND_IN: &str = "/proc";
 
 /// The harmless devices: name, major, minor (`Documentation/admin-guide/devices.txt`).
-const DEVICES: [(&str, u32, u32); 6] = [
-    ("null", 1, 3),
-    ("zero", 1, 5),
-    ("full", 1, 7),
-    ("random", 1, 8),
-    ("urandom", 1, 9),
-    ("tty", 5, 0),
-];
+const DEVICES: [(&str, u32, u32); 6] =
+    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 const DEVICE_LINKS: [(&str, &str); 5] = [
     ("fd", "/proc/self/fd"),
     ("stdin", "/proc/self/fd/0"),
@@ -57,36 +51,38 @@ const DEVICE_LINKS: [(&str, &str); 5] = [
 pub(super) fn enter_root() -> io::Result<()> {
     // First, so that nothing that follows is seen by the host, nor anything of the host's seen here.
     mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
-    let root = tmpfs(
-        ROOT_BYTES,
-        ROOT_INODES,
-        0o755,
-        None,
-        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV,
-    )?;
-    attach(&root, Path::new(STAND_IN))?;
-    rustix::process::fchdir(&root)?;
+    tmpfs(Path::new(STAND_IN), ROOT_BYTES, ROOT_INODES, 0o755, 0, MountFlags::NODEV)?;
+    rustix::process::chdir(STAND_IN)?;
     // The old root is stacked onto the new one and then taken off: pivot_root(2), "pivot_root(".", ".")".
     rustix::process::pivot_root(".", ".")?;
     unmount(".", UnmountFlags::DETACH)?;
     Ok(rustix::process::chdir("/")?)
 }
 
-/// Every step, in order.
-pub(super) fn build(steps: &[Step], trees: &Trees, uid: u32) -> Result<()> {
-    let mut system = trees.system.iter();
-    for (object, step) in steps.iter().enumerate() {
-        perform(step, &mut system, &trees.terminals, uid).map_err(Failure::at(Stage::Files, object))?;
+/// What every root begins with.
+pub(super) fn base() -> Result<()> {
+    for (object, step) in plan::base().iter().enumerate() {
+        perform(step, None, 0).map_err(Failure::at(Stage::Base, object))?;
     }
     Ok(())
 }
 
-fn perform<'a>(
-    step: &Step,
-    system: &mut impl Iterator<Item = &'a OwnedFd>,
-    terminals: &OwnedFd,
-    uid: u32,
-) -> io::Result<()> {
+/// Every other step, in order.
+pub(super) fn build(steps: &[Step], trees: &Trees, uid: u32) -> Result<()> {
+    let mut system = trees.system.iter();
+    for (object, step) in steps.iter().enumerate() {
+        let tree = match step {
+            Step::Tree { .. } => system.next(),
+            Step::Terminals { .. } => Some(&trees.terminals),
+            _ => None,
+        };
+        perform(step, tree, uid).map_err(Failure::at(Stage::Files, object))?;
+    }
+    Ok(())
+}
+
+fn perform(step: &Step, tree: Option<&OwnedFd>, uid: u32) -> io::Result<()> {
+    let opened = || tree.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF));
     match step {
         Step::Directory { path } => Ok(mkdir(path, Mode::from_raw_mode(0o755))?),
         Step::Symlink { path, target } => Ok(symlink(target, path)?),
@@ -96,29 +92,16 @@ fn perform<'a>(
             Ok(rustix::io::write(file, content.as_bytes()).map(drop)?)
         }
         Step::Tree { path, directory, .. } => {
-            let tree = system
-                .next()
-                .ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
             make_target(path, *directory)?;
-            attach(tree, path)
+            attach(opened()?, path)
         }
-        Step::Private {
-            path,
-            size,
-            inodes,
-            mode,
-            owner,
-            exec,
-        } => {
-            let owner = (*owner == Owner::Workload).then_some(uid);
-            let mut attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-            if *exec == Exec::No {
-                attributes |= MountAttrFlags::MOUNT_ATTR_NOEXEC;
-            }
-            attach(&tmpfs(*size, *inodes, *mode, owner, attributes)?, path)
+        Step::Private { path, size, inodes, mode, owner, exec } => {
+            let owner = if *owner == Owner::Workload { uid } else { 0 };
+            let exec = if *exec == Exec::No { MountFlags::NOEXEC } else { MountFlags::empty() };
+            tmpfs(path, *size, *inodes, *mode, owner, MountFlags::NODEV | exec)
         }
         Step::Devices { path } => devices(path),
-        Step::Terminals { path } => attach(terminals, path),
+        Step::Terminals { path } => attach(opened()?, path),
         Step::Proc { path } => proc(path),
         Step::Cover { path, directory } => cover(path, *directory),
         Step::Seal { path } => {
@@ -140,11 +123,8 @@ pub(super) fn workspace(trees: &Trees) -> Result<()> {
     attach(tree, top).map_err(Failure::at(Stage::Workspace, 0))?;
     let mut pinned: Vec<&Path> = Vec::new();
     for (object, path) in trees.protect.iter().enumerate() {
-        let mut above: Vec<&Path> = path
-            .ancestors()
-            .skip(1)
-            .filter(|above| !above.as_os_str().is_empty())
-            .collect();
+        let mut above: Vec<&Path> =
+            path.ancestors().skip(1).filter(|above| !above.as_os_str().is_empty()).collect();
         above.reverse();
         for directory in above {
             if !pinned.contains(&directory) {
@@ -168,10 +148,7 @@ enum ReadOnly {
 fn bind_onto_itself(path: &Path, read_only: ReadOnly) -> io::Result<()> {
     let tree = clone_tree(path)?;
     if read_only == ReadOnly::Yes {
-        let attributes = MountAttributes {
-            set: libc::MOUNT_ATTR_RDONLY,
-            ..MountAttributes::default()
-        };
+        let attributes = MountAttributes { set: libc::MOUNT_ATTR_RDONLY, ..MountAttributes::default() };
         mount_setattr(&tree, attributes, Reach::All)?;
     }
     attach(&tree, path)
@@ -197,13 +174,7 @@ fn clone_tree(path: &Path) -> io::Result<OwnedFd> {
 
 fn attach(mount: impl AsFd, path: &Path) -> io::Result<()> {
     // Without MOVE_MOUNT_T_SYMLINKS the last component is not followed.
-    Ok(move_mount(
-        mount,
-        "",
-        CWD,
-        path,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )?)
+    Ok(move_mount(mount, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
 fn make_target(path: &Path, directory: bool) -> io::Result<()> {
@@ -214,70 +185,37 @@ fn make_target(path: &Path, directory: bool) -> io::Result<()> {
     Ok(openat(CWD, path, flags, Mode::from_raw_mode(0o444)).map(drop)?)
 }
 
-fn tmpfs(
-    size: u64,
-    inodes: u32,
-    mode: u32,
-    owner: Option<u32>,
-    attributes: MountAttrFlags,
-) -> io::Result<OwnedFd> {
-    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_set_string(context.as_fd(), "size", size.to_string())?;
-    fsconfig_set_string(context.as_fd(), "nr_inodes", inodes.to_string())?;
-    fsconfig_set_string(context.as_fd(), "mode", format!("{mode:o}"))?;
-    if let Some(owner) = owner {
-        fsconfig_set_string(context.as_fd(), "uid", owner.to_string())?;
-        fsconfig_set_string(context.as_fd(), "gid", owner.to_string())?;
-    }
-    fsconfig_create(context.as_fd())?;
-    Ok(fsmount(
-        context.as_fd(),
-        FsMountFlags::FSMOUNT_CLOEXEC,
-        attributes,
-    )?)
+/// The classic call: all of its options are numbers of ours, and it is one call instead of eight.
+fn tmpfs(path: &Path, size: u64, inodes: u32, mode: u32, owner: u32, flags: MountFlags) -> io::Result<()> {
+    let options = format!("size={size},nr_inodes={inodes},mode={mode:o},uid={owner},gid={owner}");
+    let options = CString::new(options)?;
+    Ok(mount("tmpfs", path, "tmpfs", flags | MountFlags::NOSUID, options.as_c_str())?)
 }
 
 /// The nodes are made, not bound: nothing of the host's `/dev` comes in. Nobody inside can make another.
 fn devices(path: &Path) -> io::Result<()> {
-    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    let mount = tmpfs(64 << 10, 64, 0o755, None, attributes)?;
-    attach(&mount, path)?;
+    tmpfs(path, 64 << 10, 64, 0o755, 0, MountFlags::NOEXEC)?;
+    let folder = openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     for (name, major, minor) in DEVICES {
         let mode = Mode::from_raw_mode(0o666);
-        mknodat(
-            &mount,
-            name,
-            FileType::CharacterDevice,
-            mode,
-            rustix::fs::makedev(major, minor),
-        )?;
+        mknodat(&folder, name, FileType::CharacterDevice, mode, rustix::fs::makedev(major, minor))?;
     }
     for (name, target) in DEVICE_LINKS {
-        rustix::fs::symlinkat(target, &mount, name)?;
+        rustix::fs::symlinkat(target, &folder, name)?;
     }
     for name in ["pts", "shm"] {
-        rustix::fs::mkdirat(&mount, name, Mode::from_raw_mode(0o755))?;
+        rustix::fs::mkdirat(&folder, name, Mode::from_raw_mode(0o755))?;
     }
-    read_only_here(&mount)
+    read_only_here(&folder)
 }
 
 fn proc(path: &Path) -> io::Result<()> {
-    let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_create(context.as_fd())?;
-    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
-        | MountAttrFlags::MOUNT_ATTR_NODEV
-        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    attach(
-        &fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?,
-        path,
-    )
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    Ok(mount("proc", path, "proc", flags, None)?)
 }
 
 /// This mount, not those on top of it.
 fn read_only_here(mount: impl AsFd) -> io::Result<()> {
-    let attributes = MountAttributes {
-        set: libc::MOUNT_ATTR_RDONLY,
-        ..MountAttributes::default()
-    };
+    let attributes = MountAttributes { set: libc::MOUNT_ATTR_RDONLY, ..MountAttributes::default() };
     mount_setattr(mount, attributes, Reach::One)
 }

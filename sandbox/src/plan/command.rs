@@ -13,14 +13,8 @@ use crate::job::{Job, Terminal};
 use crate::policy::{HostPath, Policy};
 
 /// Where programs are looked for after the caller's own directories that can be seen inside.
-const STANDARD_PATH: [&str; 6] = [
-    "/usr/local/sbin",
-    "/usr/local/bin",
-    "/usr/sbin",
-    "/usr/bin",
-    "/sbin",
-    "/bin",
-];
+const STANDARD_PATH: [&str; 6] =
+    ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
 
 /// What is run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -45,12 +39,7 @@ impl CommandPlan {
         CommandPlan {
             candidates: candidates(name, &path),
             environment: environment(policy, job, host, &path),
-            directory: if job.wishes.workspace.is_some() {
-                WORKSPACE
-            } else {
-                HOME
-            }
-            .into(),
+            directory: if job.wishes.workspace.is_some() { WORKSPACE } else { HOME }.into(),
             arguments,
         }
     }
@@ -59,23 +48,14 @@ impl CommandPlan {
 fn search_path(host: &Host, files: &[Step]) -> Vec<PathBuf> {
     let shown = |directory: &PathBuf| {
         files.iter().any(|step| match step {
-            Step::Tree {
-                path,
-                directory: true,
-                ..
-            } => directory.starts_with(path),
+            Step::Tree { path, directory: true, .. } => directory.starts_with(path),
             Step::Symlink { path, .. } => directory == path,
             _ => false,
         })
     };
     let mut list: Vec<PathBuf> = Vec::new();
-    for directory in host
-        .caller
-        .path
-        .iter()
-        .filter(|path| shown(path))
-        .cloned()
-        .chain(STANDARD_PATH.map(PathBuf::from))
+    for directory in
+        host.caller.path.iter().filter(|path| shown(path)).cloned().chain(STANDARD_PATH.map(PathBuf::from))
     {
         if !list.contains(&directory) {
             list.push(directory);
@@ -89,19 +69,12 @@ fn candidates(name: &OsStr, path: &[PathBuf]) -> Vec<PathBuf> {
         return vec![name.into()];
     }
     // An empty name would name the directories themselves.
-    path.iter()
-        .filter(|_| !name.is_empty())
-        .map(|directory| directory.join(name))
-        .collect()
+    path.iter().filter(|_| !name.is_empty()).map(|directory| directory.join(name)).collect()
 }
 
 fn environment(policy: &Policy, job: &Job, host: &Host, path: &[PathBuf]) -> Vec<(String, OsString)> {
     let mut table: BTreeMap<String, OsString> = BTreeMap::new();
-    let joined = path
-        .iter()
-        .map(|directory| directory.as_os_str())
-        .collect::<Vec<_>>()
-        .join(OsStr::new(":"));
+    let joined = path.iter().map(|directory| directory.as_os_str()).collect::<Vec<_>>().join(OsStr::new(":"));
     table.insert("PATH".into(), joined);
     table.insert("HOME".into(), HOME.into());
     for name in ["USER", "LOGNAME"] {
@@ -126,11 +99,7 @@ fn expand(value: &str, host: &Host) -> Option<OsString> {
     match value.parse::<HostPath>() {
         Ok(path) if value.starts_with("~/") => {
             let path = host.caller.expand(&path)?;
-            if *host.kind(&path) == PathKind::Absent {
-                None
-            } else {
-                Some(path.into_os_string())
-            }
+            if *host.kind(&path) == PathKind::Absent { None } else { Some(path.into_os_string()) }
         }
         _ => Some(value.into()),
     }

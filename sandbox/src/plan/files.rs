@@ -7,7 +7,6 @@ use serde::Serialize;
 
 use super::{INNER_ID, LandlockAccess};
 use crate::host::{Host, PathKind};
-use crate::job::Job;
 use crate::policy::{ByteSize, Policy};
 
 /// Where a workspace is mounted.
@@ -170,29 +169,29 @@ impl Step {
     }
 }
 
-/// All steps, in order.
-pub(super) fn steps(policy: &Policy, job: &Job, host: &Host) -> Vec<Step> {
+/// What every root begins with.
+pub(crate) fn base() -> Vec<Step> {
     let mut root = Root::default();
     etc(&mut root);
-    for path in policy
-        .file()
-        .files
-        .read
-        .iter()
-        .filter_map(|path| host.caller.expand(path))
-    {
-        root.show(&path, host);
+    for path in ["/dev", EMPTY, "/proc", "/run", "/tmp", "/var", WORKSPACE, HOME] {
+        root.directory(Path::new(path));
     }
-    root.directory(Path::new(EMPTY));
-    root.directory(Path::new("/var"));
     root.symlink("/var/tmp", "../tmp");
     root.symlink("/var/run", "../run");
-    private_places(&mut root, policy);
-    devices(&mut root, policy);
-    root.directory(Path::new("/proc"));
-    if job.wishes.workspace.is_some() {
-        root.directory(Path::new(WORKSPACE));
+    root.steps.push(Step::Devices { path: "/dev".into() });
+    root.steps
+}
+
+/// What comes after the base, in order.
+pub(super) fn steps(policy: &Policy, host: &Host) -> Vec<Step> {
+    let made = base().iter().map(|step| step.path().to_owned()).collect();
+    let mut root = Root { made, ..Root::default() };
+    for path in policy.file().files.read.iter().filter_map(|path| host.caller.expand(path)) {
+        root.show(&path, host);
     }
+    private_places(&mut root, policy);
+    root.steps.push(Step::Terminals { path: "/dev/pts".into() });
+    // From here on the root is read-only, so that what covers is read-only too.
     root.steps.push(Step::Seal { path: "/".into() });
     proc(&mut root);
     root.steps
@@ -215,9 +214,7 @@ impl Root {
             self.directory(parent);
         }
         self.made.insert(path.to_owned());
-        self.steps.push(Step::Directory {
-            path: path.to_owned(),
-        });
+        self.steps.push(Step::Directory { path: path.to_owned() });
     }
 
     fn symlink(&mut self, path: &str, target: &str) {
@@ -228,18 +225,12 @@ impl Root {
         if self.covered(path) || !self.made.insert(path.to_owned()) {
             return;
         }
-        self.steps.push(Step::Symlink {
-            path: path.to_owned(),
-            target: target.to_owned(),
-        });
+        self.steps.push(Step::Symlink { path: path.to_owned(), target: target.to_owned() });
     }
 
     fn file(&mut self, path: &str, content: &str) {
         self.made.insert(path.into());
-        self.steps.push(Step::File {
-            path: path.into(),
-            content: content.to_owned(),
-        });
+        self.steps.push(Step::File { path: path.into(), content: content.to_owned() });
     }
 
     /// Whether `path` already shows as a part of a tree.
@@ -274,20 +265,9 @@ impl Root {
         owner: Owner,
         exec: Exec,
     ) {
-        let inodes = policy
-            .file()
-            .files
-            .inodes
-            .map_or(INODES, std::num::NonZeroU32::get);
+        let inodes = policy.file().files.inodes.map_or(INODES, std::num::NonZeroU32::get);
         let size = size.unwrap_or(ByteSize::mebibytes(16)).bytes();
-        self.steps.push(Step::Private {
-            path: path.into(),
-            size,
-            inodes,
-            mode,
-            owner,
-            exec,
-        });
+        self.steps.push(Step::Private { path: path.into(), size, inodes, mode, owner, exec });
     }
 
     fn tree(&mut self, path: &Path, directory: bool) {
@@ -298,11 +278,7 @@ impl Root {
             self.directory(parent);
         }
         self.trees.push(path.to_owned());
-        self.steps.push(Step::Tree {
-            source: path.to_owned(),
-            path: path.to_owned(),
-            directory,
-        });
+        self.steps.push(Step::Tree { source: path.to_owned(), path: path.to_owned(), directory });
     }
 }
 
@@ -317,10 +293,7 @@ fn etc(root: &mut Root) {
             "root:x:0:0:root:/root:/usr/sbin/nologin\nagent:x:{id}:{id}:agent:{HOME}:/bin/sh\n{nobody}\n"
         ),
     );
-    root.file(
-        "/etc/group",
-        &format!("root:x:0:\nagent:x:{id}:\ntty:x:5:\nnogroup:x:65534:\n"),
-    );
+    root.file("/etc/group", &format!("root:x:0:\nagent:x:{id}:\ntty:x:5:\nnogroup:x:65534:\n"));
     root.file("/etc/hosts", "127.0.0.1 localhost sandbox\n::1 localhost\n");
     root.file("/etc/hostname", "sandbox\n");
     root.file(
@@ -340,44 +313,19 @@ fn private_places(root: &mut Root, policy: &Policy) {
     for (path, size, mode, owner, exec) in [
         ("/tmp", files.tmp, 0o1777, Owner::Root, Exec::Yes),
         ("/run", files.run, 0o755, Owner::Workload, Exec::No),
+        ("/dev/shm", files.shm, 0o1777, Owner::Root, Exec::No),
         (HOME, files.home, 0o700, Owner::Workload, Exec::Yes),
     ] {
-        root.directory(Path::new(path));
         root.private(path, policy, size, mode, owner, exec);
     }
 }
 
-fn devices(root: &mut Root, policy: &Policy) {
-    root.directory(Path::new("/dev"));
-    root.steps.push(Step::Devices { path: "/dev".into() });
-    root.steps.push(Step::Terminals {
-        path: "/dev/pts".into(),
-    });
-    root.private(
-        "/dev/shm",
-        policy,
-        policy.file().files.shm,
-        0o1777,
-        Owner::Root,
-        Exec::No,
-    );
-}
-
-/// After the root is read-only, so that what covers is read-only too.
 fn proc(root: &mut Root) {
     root.steps.push(Step::Proc { path: "/proc".into() });
-    root.steps.push(Step::ReadOnly {
-        path: "/proc/sys".into(),
-    });
-    for (names, directory) in [
-        (PROC_FILES.as_slice(), false),
-        (PROC_DIRECTORIES.as_slice(), true),
-    ] {
+    root.steps.push(Step::ReadOnly { path: "/proc/sys".into() });
+    for (names, directory) in [(PROC_FILES.as_slice(), false), (PROC_DIRECTORIES.as_slice(), true)] {
         for name in names {
-            root.steps.push(Step::Cover {
-                path: Path::new("/proc").join(name),
-                directory,
-            });
+            root.steps.push(Step::Cover { path: Path::new("/proc").join(name), directory });
         }
     }
 }

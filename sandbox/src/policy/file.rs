@@ -171,10 +171,7 @@ where
     let list = Vec::<T>::deserialize(deserializer)?;
     for (index, entry) in list.iter().enumerate() {
         if list[..index].contains(entry) {
-            return Err(D::Error::custom(format!(
-                "entry {} of this list stands in it twice",
-                index + 1
-            )));
+            return Err(D::Error::custom(format!("entry {} of this list stands in it twice", index + 1)));
         }
     }
     Ok(list)

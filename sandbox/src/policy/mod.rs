@@ -75,10 +75,7 @@ impl fmt::Display for PolicyError {
                 )
             }
             PolicyError::ExtendsLoop { name } => {
-                write!(
-                    out,
-                    "policy {name}: `extends` comes back to itself, or is longer than {EXTENDS_MAX}"
-                )
+                write!(out, "policy {name}: `extends` comes back to itself, or is longer than {EXTENDS_MAX}")
             }
             PolicyError::TooLarge { name } => {
                 write!(out, "policy {name}: larger than {POLICY_BYTES_MAX} bytes")
@@ -102,10 +99,7 @@ pub struct Presets;
 
 impl Library for Presets {
     fn find(&self, name: &str) -> Option<String> {
-        PRESETS
-            .iter()
-            .find(|(preset, _)| *preset == name)
-            .map(|(_, text)| (*text).to_owned())
+        PRESETS.iter().find(|(preset, _)| *preset == name).map(|(_, text)| (*text).to_owned())
     }
 
     fn names(&self) -> Vec<String> {
@@ -119,10 +113,9 @@ impl Policy {
     /// # Errors
     /// When it, or one it extends, does not exist or does not parse.
     pub fn named(name: &str, library: &dyn Library) -> Result<Policy, PolicyError> {
-        let text = library.find(name).ok_or_else(|| PolicyError::Unknown {
-            name: name.to_owned(),
-            known: library.names(),
-        })?;
+        let text = library
+            .find(name)
+            .ok_or_else(|| PolicyError::Unknown { name: name.to_owned(), known: library.names() })?;
         Policy::parse(name, &text, library)
     }
 
@@ -136,20 +129,14 @@ impl Policy {
         while let Some(base) = file.extends.take() {
             links += 1;
             if links > EXTENDS_MAX {
-                return Err(PolicyError::ExtendsLoop {
-                    name: name.to_owned(),
-                });
+                return Err(PolicyError::ExtendsLoop { name: name.to_owned() });
             }
-            let text = library.find(base.as_str()).ok_or_else(|| PolicyError::Unknown {
-                name: base.to_string(),
-                known: library.names(),
-            })?;
+            let text = library
+                .find(base.as_str())
+                .ok_or_else(|| PolicyError::Unknown { name: base.to_string(), known: library.names() })?;
             file = merge(parse_file(base.as_str(), &text)?, file);
         }
-        Ok(Policy {
-            name: name.to_owned(),
-            file,
-        })
+        Ok(Policy { name: name.to_owned(), file })
     }
 
     /// What it is called.
@@ -170,10 +157,7 @@ impl Policy {
 
 /// SHA-256 in hexadecimal.
 pub(crate) fn hex_hash(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The JSON schema of a policy file.
@@ -183,14 +167,10 @@ pub fn schema() -> serde_json::Value {
 
 fn parse_file(name: &str, text: &str) -> Result<PolicyFile, PolicyError> {
     if text.len() > POLICY_BYTES_MAX {
-        return Err(PolicyError::TooLarge {
-            name: name.to_owned(),
-        });
+        return Err(PolicyError::TooLarge { name: name.to_owned() });
     }
-    toml::from_str(text).map_err(|error| PolicyError::Parse {
-        name: name.to_owned(),
-        message: error.to_string(),
-    })
+    toml::from_str(text)
+        .map_err(|error| PolicyError::Parse { name: name.to_owned(), message: error.to_string() })
 }
 
 /// `over` added to `base`: lists and tables grow, single values are replaced.
@@ -210,10 +190,7 @@ fn merge(base: PolicyFile, over: PolicyFile) -> PolicyFile {
             protect: join(base.workspace.protect, over.workspace.protect),
             hold: join_tables(base.workspace.hold, over.workspace.hold),
         },
-        env: Env {
-            set: join_tables(base.env.set, over.env.set),
-            pass: join(base.env.pass, over.env.pass),
-        },
+        env: Env { set: join_tables(base.env.set, over.env.set), pass: join(base.env.pass, over.env.pass) },
         limits: Limits {
             memory: over.limits.memory.or(base.limits.memory),
             pids: over.limits.pids.or(base.limits.pids),
@@ -224,12 +201,8 @@ fn merge(base: PolicyFile, over: PolicyFile) -> PolicyFile {
             open_files: over.limits.open_files.or(base.limits.open_files),
             file_size: over.limits.file_size.or(base.limits.file_size),
         },
-        landlock: Landlock {
-            floor: over.landlock.floor.or(base.landlock.floor),
-        },
-        syscalls: Syscalls {
-            unix_sockets: over.syscalls.unix_sockets.or(base.syscalls.unix_sockets),
-        },
+        landlock: Landlock { floor: over.landlock.floor.or(base.landlock.floor) },
+        syscalls: Syscalls { unix_sockets: over.syscalls.unix_sockets.or(base.syscalls.unix_sockets) },
         allow_gaps: join(base.allow_gaps, over.allow_gaps),
     }
 }

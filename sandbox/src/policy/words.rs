@@ -16,10 +16,7 @@ pub struct WordError {
 
 impl WordError {
     fn new(word: &str, wanted: &'static str) -> Self {
-        WordError {
-            word: word.chars().take(80).collect(),
-            wanted,
-        }
+        WordError { word: word.chars().take(80).collect(), wanted }
     }
 }
 
@@ -37,11 +34,7 @@ macro_rules! text_word {
             type Error = WordError;
             fn try_from(text: String) -> Result<Self, WordError> {
                 let check: fn(&str) -> bool = $check;
-                if check(&text) {
-                    Ok($name(text))
-                } else {
-                    Err(WordError::new(&text, $wanted))
-                }
+                if check(&text) { Ok($name(text)) } else { Err(WordError::new(&text, $wanted)) }
             }
         }
         impl FromStr for $name {
@@ -83,17 +76,11 @@ fn is_clean_path(path: &str) -> bool {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub struct PolicyName(String);
-text_word!(
-    PolicyName,
-    "a policy name (letters, digits, `-`, `_`; at most 64)",
-    |text| {
-        (1..=64).contains(&text.len())
-            && text
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
-            && !text.starts_with('-')
-    }
-);
+text_word!(PolicyName, "a policy name (letters, digits, `-`, `_`; at most 64)", |text| {
+    (1..=64).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+        && !text.starts_with('-')
+});
 
 /// A host path that a policy shows: absolute, or `~/...` for the caller's home; no `.`, `..`, `//`, trailing `/`
 /// or control character.
@@ -124,12 +111,8 @@ text_word!(
 #[serde(try_from = "String", into = "String")]
 pub struct EnvName(String);
 text_word!(EnvName, "an environment variable's name", |text| {
-    text.bytes()
-        .next()
-        .is_some_and(|first| first.is_ascii_alphabetic() || first == b'_')
-        && text
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+    text.bytes().next().is_some_and(|first| first.is_ascii_alphabetic() || first == b'_')
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 });
 
 macro_rules! number_word {
@@ -166,13 +149,8 @@ macro_rules! number_word {
 pub struct ByteSize(u64);
 number_word!(ByteSize, u64, parse_bytes, print_bytes);
 
-const BYTE_UNITS: [(&str, u64); 5] = [
-    ("TiB", 1 << 40),
-    ("GiB", 1 << 30),
-    ("MiB", 1 << 20),
-    ("KiB", 1 << 10),
-    ("B", 1),
-];
+const BYTE_UNITS: [(&str, u64); 5] =
+    [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
 
 impl ByteSize {
     /// In bytes.
@@ -201,18 +179,12 @@ fn parse_bytes(text: &str) -> Result<u64, WordError> {
 }
 
 fn parse_digits(digits: &str) -> Option<u64> {
-    if digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        digits.parse().ok()
-    } else {
-        None
-    }
+    if digits.bytes().all(|byte| byte.is_ascii_digit()) { digits.parse().ok() } else { None }
 }
 
 fn print_bytes(bytes: u64) -> String {
-    let (unit, factor) = BYTE_UNITS
-        .into_iter()
-        .find(|(_, factor)| bytes.is_multiple_of(*factor))
-        .unwrap_or(("B", 1));
+    let (unit, factor) =
+        BYTE_UNITS.into_iter().find(|(_, factor)| bytes.is_multiple_of(*factor)).unwrap_or(("B", 1));
     format!("{}{unit}", bytes / factor)
 }
 
@@ -234,10 +206,7 @@ impl Span {
 
 fn parse_span(text: &str) -> Result<u64, WordError> {
     let error = || WordError::new(text, "a duration (`500ms`, `30s`, `5m`, `2h`)");
-    let (unit, factor) = SPAN_UNITS
-        .into_iter()
-        .find(|(unit, _)| text.ends_with(unit))
-        .ok_or_else(error)?;
+    let (unit, factor) = SPAN_UNITS.into_iter().find(|(unit, _)| text.ends_with(unit)).ok_or_else(error)?;
     let digits = &text[..text.len() - unit.len()];
     // A year is the most that a timer here can be asked for.
     parse_digits(digits)
@@ -248,10 +217,8 @@ fn parse_span(text: &str) -> Result<u64, WordError> {
 
 fn print_span(ms: u64) -> String {
     let units = [("h", 3_600_000), ("m", 60_000), ("s", 1_000)];
-    let (unit, factor) = units
-        .into_iter()
-        .find(|(_, factor)| ms.is_multiple_of(*factor))
-        .unwrap_or(("ms", 1));
+    let (unit, factor) =
+        units.into_iter().find(|(_, factor)| ms.is_multiple_of(*factor)).unwrap_or(("ms", 1));
     format!("{}{unit}", ms / factor)
 }
 
@@ -275,10 +242,7 @@ impl TryFrom<f64> for Cpus {
             // In range, so the conversion cannot wrap.
             Ok(Cpus((count * 1000.0).round() as u32))
         } else {
-            Err(WordError::new(
-                &count.to_string(),
-                "a number of processors from 0.01 to 1024",
-            ))
+            Err(WordError::new(&count.to_string(), "a number of processors from 0.01 to 1024"))
         }
     }
 }
@@ -287,9 +251,7 @@ impl FromStr for Cpus {
     type Err = WordError;
     fn from_str(text: &str) -> Result<Self, WordError> {
         let wanted = "a number of processors from 0.01 to 1024";
-        text.parse::<f64>()
-            .map_err(|_| WordError::new(text, wanted))
-            .and_then(Cpus::try_from)
+        text.parse::<f64>().map_err(|_| WordError::new(text, wanted)).and_then(Cpus::try_from)
     }
 }
 

@@ -69,19 +69,12 @@ const PRCTLS: [(i32, i32); 11] = [
 
 /// The rules as a program of their own, to be run after the number was found to have one.
 pub(super) fn rules(plan: SeccompPlan) -> Result<BpfProgram> {
-    let arch = if cfg!(target_arch = "aarch64") {
-        TargetArch::aarch64
-    } else {
-        TargetArch::x86_64
-    };
+    let arch = if cfg!(target_arch = "aarch64") { TargetArch::aarch64 } else { TargetArch::x86_64 };
     let errno = SeccompAction::Errno(libc::EPERM as u32);
     let compiled = table(plan)?
         .into_iter()
         .map(|(number, alternatives)| {
-            let rules = alternatives
-                .into_iter()
-                .map(SeccompRule::new)
-                .collect::<Result<Vec<_>>>()?;
+            let rules = alternatives.into_iter().map(SeccompRule::new).collect::<Result<Vec<_>>>()?;
             Ok((number, rules))
         })
         .collect::<Result<BTreeMap<_, _>>>()?;
@@ -91,11 +84,9 @@ pub(super) fn rules(plan: SeccompPlan) -> Result<BpfProgram> {
 /// The numbers that have a rule.
 pub(super) fn numbers() -> Vec<c_long> {
     // The plan changes a rule, never which calls have one.
-    table(SeccompPlan {
-        unix_sockets: UnixSockets::Refused,
-    })
-    .map(|table| table.into_keys().collect())
-    .unwrap_or_default()
+    table(SeccompPlan { unix_sockets: UnixSockets::Refused })
+        .map(|table| table.into_keys().collect())
+        .unwrap_or_default()
 }
 
 fn table(plan: SeccompPlan) -> Result<BTreeMap<c_long, Vec<Conditions>>> {
@@ -105,27 +96,13 @@ fn table(plan: SeccompPlan) -> Result<BTreeMap<c_long, Vec<Conditions>>> {
     };
     add(libc::SYS_socket, sockets(plan)?);
     add(libc::SYS_socketpair, vec![vec![equal(0, libc::AF_UNIX as u64)?]]);
-    add(
-        libc::SYS_clone,
-        vec![vec![Condition::new(
-            0,
-            Width::Qword,
-            Op::MaskedEq(CLONE_NAMESPACES),
-            0,
-        )?]],
-    );
+    add(libc::SYS_clone, vec![vec![Condition::new(0, Width::Qword, Op::MaskedEq(CLONE_NAMESPACES), 0)?]]);
     add(libc::SYS_ioctl, ioctls()?);
     add(
         libc::SYS_prctl,
-        PRCTLS
-            .iter()
-            .map(|(first, last)| within(0, *first as u64, *last as u64))
-            .collect::<Result<_>>()?,
+        PRCTLS.iter().map(|(first, last)| within(0, *first as u64, *last as u64)).collect::<Result<_>>()?,
     );
-    add(
-        libc::SYS_personality,
-        vec![vec![equal(0, 0)?], vec![equal(0, 0xffff_ffff)?]],
-    );
+    add(libc::SYS_personality, vec![vec![equal(0, 0)?], vec![equal(0, 0xffff_ffff)?]]);
     add(libc::SYS_fchmod, vec![vec![without(1, SET_ID)?]]);
     add(libc::SYS_fchmodat, vec![vec![without(2, SET_ID)?]]);
     add(libc::SYS_fchmodat2, vec![vec![without(2, SET_ID)?]]);
@@ -141,10 +118,7 @@ fn table(plan: SeccompPlan) -> Result<BTreeMap<c_long, Vec<Conditions>>> {
         let set_fs_gs = [0x1001, 0x1002, 0x1003, 0x1004];
         add(
             libc::SYS_arch_prctl,
-            set_fs_gs
-                .iter()
-                .map(|code| Ok(vec![equal(0, *code)?]))
-                .collect::<Result<_>>()?,
+            set_fs_gs.iter().map(|code| Ok(vec![equal(0, *code)?])).collect::<Result<_>>()?,
         );
     }
     let core = Condition::new(0, Width::Dword, Op::Ne, u64::from(libc::RLIMIT_CORE))?;
@@ -158,10 +132,7 @@ fn sockets(plan: SeccompPlan) -> Result<Vec<Conditions>> {
     // 2 and 10 differ in one bit, and nothing else is within the mask.
     let family = || Condition::new(0, Width::Dword, Op::MaskedEq(0xffff_fff7), libc::AF_INET as u64);
     let mut list = Vec::new();
-    for (kind, protocol) in [
-        (libc::SOCK_STREAM, libc::IPPROTO_TCP),
-        (libc::SOCK_DGRAM, libc::IPPROTO_UDP),
-    ] {
+    for (kind, protocol) in [(libc::SOCK_STREAM, libc::IPPROTO_TCP), (libc::SOCK_DGRAM, libc::IPPROTO_UDP)] {
         for protocol in [0, protocol] {
             let kind = Condition::new(1, Width::Dword, Op::MaskedEq(SOCKET_TYPE), kind as u64)?;
             list.push(vec![family()?, kind, equal(2, protocol as u64)?]);
@@ -183,39 +154,21 @@ fn ioctls() -> Result<Vec<Conditions>> {
 
 /// No set-id bit may be created: either nothing is created, or the mode has none.
 fn opens(flags: u8, mode: u8) -> Result<Vec<Conditions>> {
-    Ok(vec![
-        vec![without(flags, libc::O_CREAT as u64 | TMPFILE)?],
-        vec![without(mode, SET_ID)?],
-    ])
+    Ok(vec![vec![without(flags, libc::O_CREAT as u64 | TMPFILE)?], vec![without(mode, SET_ID)?]])
 }
 
 /// Files, FIFOs and sockets, without set-id bits; never a device.
 fn nodes(mode: u8) -> Result<Vec<Conditions>> {
-    [
-        0,
-        u64::from(libc::S_IFREG),
-        u64::from(libc::S_IFIFO),
-        u64::from(libc::S_IFSOCK),
-    ]
-    .into_iter()
-    .map(|kind| {
-        Ok(vec![Condition::new(
-            mode,
-            Width::Dword,
-            Op::MaskedEq(TYPE | SET_ID),
-            kind,
-        )?])
-    })
-    .collect()
+    [0, u64::from(libc::S_IFREG), u64::from(libc::S_IFIFO), u64::from(libc::S_IFSOCK)]
+        .into_iter()
+        .map(|kind| Ok(vec![Condition::new(mode, Width::Dword, Op::MaskedEq(TYPE | SET_ID), kind)?]))
+        .collect()
 }
 
 /// Any limit may be read; that of core dumps, which keeps core handlers away, may not be changed.
 fn core_limit_kept() -> Result<Vec<Conditions>> {
     let other = Condition::new(1, Width::Dword, Op::Ne, u64::from(libc::RLIMIT_CORE))?;
-    Ok(vec![
-        vec![other],
-        vec![Condition::new(2, Width::Qword, Op::Eq, 0)?],
-    ])
+    Ok(vec![vec![other], vec![Condition::new(2, Width::Qword, Op::Eq, 0)?]])
 }
 
 fn equal(argument: u8, value: u64) -> Result<Condition> {

@@ -25,12 +25,7 @@ impl Image {
         environment: Vec<CString>,
         controlling_terminal: bool,
     ) -> Image {
-        Image {
-            candidates,
-            arguments,
-            environment,
-            controlling_terminal,
-        }
+        Image { candidates, arguments, environment, controlling_terminal }
     }
 }
 
@@ -79,11 +74,7 @@ pub fn spawn(image: &Image) -> io::Result<Pid> {
 }
 
 fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
-    strings
-        .iter()
-        .map(|string| string.as_ptr())
-        .chain([std::ptr::null()])
-        .collect()
+    strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
 }
 
 /// Runs in the parent's memory: nothing but system calls, no allocation, no lock, no unwinding.
@@ -107,11 +98,7 @@ extern "C" fn child(request: *mut libc::c_void) -> libc::c_int {
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
         let mut found = libc::ENOENT;
         for candidate in request.candidates {
-            libc::execve(
-                candidate.as_ptr(),
-                request.arguments.as_ptr(),
-                request.environment.as_ptr(),
-            );
+            libc::execve(candidate.as_ptr(), request.arguments.as_ptr(), request.environment.as_ptr());
             match *libc::__errno_location() {
                 libc::ENOENT | libc::ENOTDIR => {}
                 // As execvp(3): a file that may not be run does not end the search, but is remembered.
