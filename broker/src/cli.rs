@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use sandbox::{ByteSize, Count, Cpus, EnvName, Span, WorkspaceMode, WorkspaceWish};
 
 /// Runs tools confined: a sandbox for each run, and no credential inside.
@@ -29,6 +29,22 @@ pub enum Command {
     /// List, show, check and explain policies
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// Say what this host can enforce, and what to do about the rest
+    Doctor {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print completions for a shell
+    Completions {
+        /// bash, zsh, fish, elvish or powershell
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages into a directory
+    Man {
+        /// An existing directory
+        directory: PathBuf,
+    },
 }
 
 const EXEC_HELP: &str = "\
@@ -136,6 +152,16 @@ pub fn parse() -> Command {
             std::process::exit(status)
         }
     }
+}
+
+/// Prints completions for `shell`.
+pub fn completions(shell: clap_complete::Shell) {
+    clap_complete::generate(shell, &mut Cli::command(), "broker", &mut std::io::stdout());
+}
+
+/// Writes a page for each command into `directory`.
+pub fn man_pages(directory: &std::path::Path) -> std::io::Result<()> {
+    clap_mangen::generate_to(Cli::command(), directory)
 }
 
 fn parse_workspace(text: &str) -> Result<WorkspaceArgument, String> {

@@ -70,5 +70,9 @@ fn explain(policy: &Policy, json: bool) -> Result<(), String> {
     let job = Job::narrow(policy, wishes).map_err(|error| error.to_string())?;
     let host = Host::probe(policy, Caller::current(std::env::var_os("HOME"), std::env::var_os("PATH")));
     let plan = Plan::make(policy, &job, &host).map_err(|error| error.to_string())?;
-    if json { print(&plan) } else { print(&plan) }
+    if json {
+        return print(&plan);
+    }
+    print!("{plan}");
+    Ok(())
 }

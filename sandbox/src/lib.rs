@@ -5,6 +5,7 @@
 
 mod cgroup;
 mod confine;
+mod explain;
 mod host;
 mod init;
 mod job;
