@@ -22,7 +22,7 @@ pub fn run(arguments: Box<ExecArguments>, nest: std::io::Result<Nest>) -> ExitCo
         Ok(nest) => nest,
         Err(error) => return refuse(&format!("cannot make a process: {error}")),
     };
-    let ran = sandbox::run(&policy, &plan, &nest, &sandbox::default_slots());
+    let ran = sandbox::run(&policy, &plan, &nest, &sandbox::shared_directory());
     let status = match &ran {
         Ok(report) => {
             explain(report);

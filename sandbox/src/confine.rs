@@ -148,6 +148,8 @@ impl Born {
             }
         }
         rustix::process::umask(Mode::empty());
+        // Paths and options of the host's command line are no business of the workload's.
+        sys::forget_arguments();
         let calls: [&dyn Fn() -> io::Result<()>; 3] = [
             &|| nest.join(),
             // After the move, so that the new root of control groups is the sandbox's own.

@@ -111,19 +111,24 @@ fn call(what: &'static str) -> impl Fn(io::Error) -> LaunchError {
 
 /// Runs the command of `plan` in a sandbox of its own, and returns when nothing of it is left.
 ///
-/// `nest` was begun as early as the caller could; `slots` is the directory of uid slots that all runs on this host share.
+/// `nest` was begun as early as the caller could; `shared` is the directory of uid slots and
+/// placeholders, the same for all runs on this host.
 /// The caller has one thread.
 ///
 /// # Errors
 /// When the sandbox cannot be set up as planned. Then nothing was executed, and nothing is left either.
-pub fn run(policy: &Policy, plan: &Plan, nest: &Nest, slots: &Path) -> Result<Report, LaunchError> {
+pub fn run(policy: &Policy, plan: &Plan, nest: &Nest, shared: &Path) -> Result<Report, LaunchError> {
     let filter = seccomp::compile(plan.seccomp)
         .map_err(|error| call("system-call filter")(io::Error::other(error)))?;
     let signals = Signals::block().map_err(call("signals"))?;
-    let slot = Slot::take(slots).map_err(LaunchError::Slot)?;
+    let slot = Slot::take(&shared.join("slots")).map_err(LaunchError::Slot)?;
     let group = plan.cgroup.as_ref().map(|limits| Group::make(limits, slot.number()));
     let group = group.transpose().map_err(LaunchError::Group)?;
-    let workspace = plan.workspace.as_ref().map(|plan| Workspace::open(plan, slot.uid())).transpose();
+    let workspace = plan
+        .workspace
+        .as_ref()
+        .map(|plan| Workspace::open(plan, slot.uid(), &shared.join("holds")))
+        .transpose();
     let ended = workspace.map_err(LaunchError::Workspace).and_then(|workspace| {
         let parts =
             Parts { plan, filter: &filter, nest, slot: &slot, group: group.as_ref(), signals: &signals };
@@ -208,7 +213,7 @@ fn image(plan: &Plan) -> io::Result<Image> {
     ))
 }
 
-/// Where the slots are, for everybody who starts sandboxes on this host.
-pub fn default_slots() -> PathBuf {
-    PathBuf::from("/run/broker/slots")
+/// What all who start sandboxes on this host share.
+pub fn shared_directory() -> PathBuf {
+    PathBuf::from("/run/broker")
 }

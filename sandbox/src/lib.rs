@@ -27,7 +27,7 @@ mod workspace;
 pub use cgroup::GroupError;
 pub use host::{Caller, Cgroups, Controller, Host, PathKind};
 pub use job::{Job, NarrowError, Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish};
-pub use launch::{LaunchError, default_slots, run};
+pub use launch::{LaunchError, run, shared_directory};
 pub use nest::Nest;
 pub use open::OpenError;
 pub use plan::{

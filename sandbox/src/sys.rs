@@ -193,6 +193,19 @@ pub fn loopback_up() -> io::Result<()> {
     check(i64::from(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) }))
 }
 
+/// Overwrites the arguments that this process was started with, which `/proc/PID/cmdline` shows to everybody who sees it.
+pub fn forget_arguments() {
+    // SAFETY: glibc and musl set it before main to argv[0], and nothing changes it.
+    unsafe extern "C" {
+        static program_invocation_name: *mut libc::c_char;
+    }
+    let length: usize = std::env::args_os().map(|argument| argument.len() + 1).sum();
+    // SAFETY: the kernel lays the arguments out one after another, each with its NUL, in memory that this process may
+    // write (execve(2)); `length` is their sum. The standard library reads them from there when it is asked, and nobody asks
+    // it in a process that is about to become init.
+    unsafe { std::ptr::write_bytes(program_invocation_name, 0, length) };
+}
+
 /// The Landlock ABI of the running kernel; 0 where there is none or it may not be used.
 pub fn landlock_abi() -> u8 {
     const VERSION: u32 = 1;

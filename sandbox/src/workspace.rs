@@ -1,16 +1,17 @@
 //! Opens a workspace by the caller's own right, and holds the places of protected paths that are not there.
 //!
-//! A placeholder is an empty directory: git does not see it, and rmdir(2) cannot destroy anything. It carries a mark
-//! (xattr(7)) and a lock, so that runs on one workspace at the same time agree who takes it away, and the next run
-//! takes away what a killed one left.
+//! A placeholder is an empty directory: git does not see it, and rmdir(2) cannot destroy anything. Runs on one workspace
+//! at the same time agree through [`Registry`] who takes it away, and the next run takes away what a killed one left.
 
+use std::fs::{DirBuilder, File};
 use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, CWD, FileType, FlockOperation, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, XattrFlags, fchown,
-    fgetxattr, flock, fsetxattr, fstat, fstatfs, mkdirat, openat, openat2, statat, unlinkat,
+    AtFlags, CWD, FileType, FlockOperation, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, chownat, flock,
+    fstat, fstatfs, mkdirat, openat, openat2, statat, unlinkat,
 };
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
@@ -19,12 +20,8 @@ use crate::job::WorkspaceMode;
 use crate::plan::{Placeholder, Protect, WorkspacePlan};
 use crate::sys::{self, MountAttributes, Reach, Side};
 
-/// The mark of a placeholder.
-const MARK: &str = "user.broker.placeholder";
 /// `OVERLAYFS_SUPER_MAGIC`.
 const OVERLAY_MAGIC: u64 = 0x794c_7630;
-/// How often a placeholder that another run is just taking away is made again.
-const TRIES: u32 = 100;
 
 /// Why a workspace cannot be used.
 #[derive(Debug)]
@@ -101,57 +98,54 @@ pub(crate) struct Workspace {
     /// What is to be protected, all of it there.
     pub(crate) protect: Vec<PathBuf>,
     held: Vec<Held>,
+    registry: PathBuf,
 }
 
-/// A placeholder that this run made, or found marked, and keeps locked.
+/// A placeholder that this run relies on.
 #[derive(Debug)]
 struct Held {
     parent: OwnedFd,
     name: PathBuf,
-    lock: OwnedFd,
-    flags: AtFlags,
+    found: Stat,
+    lock: File,
 }
 
 impl Workspace {
-    /// Opens the workspace of `plan` for the workload `uid`.
+    /// Opens the workspace of `plan` for the workload `uid`; `registry` is where placeholders are noted.
     ///
     /// # Errors
     /// See [`WorkspaceError`]. Placeholders that were made are taken away again.
-    pub(crate) fn open(plan: &WorkspacePlan, uid: u32) -> Result<Workspace, WorkspaceError> {
+    pub(crate) fn open(plan: &WorkspacePlan, uid: u32, registry: &Path) -> Result<Workspace, WorkspaceError> {
         let path = &plan.directory;
-        let failed = |source: Errno| WorkspaceError::Open { path: path.clone(), source: source.into() };
+        let failed = |source: io::Error| WorkspaceError::Open { path: path.clone(), source };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory =
-            openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS).map_err(failed)?;
-        let owner = fstat(&directory).map_err(failed)?;
-        let (protect, held) = hold_all(&directory, &owner, &plan.protect)?;
+        let directory = openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS);
+        let directory = directory.map_err(|error| failed(error.into()))?;
+        let owner = fstat(&directory).map_err(|error| failed(error.into()))?;
         let mount = idmapped(&directory, &owner, plan.mode, uid).map_err(|source| WorkspaceError::Idmap {
             path: path.clone(),
             overlay: fstatfs(&directory).is_ok_and(|found| u64::try_from(found.f_type) == Ok(OVERLAY_MAGIC)),
             source,
-        });
-        let workspace = mount.map(|mount| (mount, protect));
-        match workspace {
-            Ok((mount, protect)) => Ok(Workspace { mount, protect, held }),
-            Err(error) => {
-                release(&held);
-                Err(error)
-            }
+        })?;
+        if plan.protect.is_empty() {
+            return Ok(Workspace {
+                mount,
+                protect: Vec::new(),
+                held: Vec::new(),
+                registry: registry.to_owned(),
+            });
         }
+        let turn = Registry::open(registry).map_err(failed)?;
+        let covered = cover_all(&turn, &directory, &owner, &plan.protect)?;
+        Ok(Workspace { mount, protect: covered.paths, held: covered.held, registry: registry.to_owned() })
     }
 
     /// Takes the placeholders away that no other run still needs.
     pub(crate) fn release(&self) {
-        release(&self.held);
-    }
-}
-
-fn release(held: &[Held]) {
-    // Children before their parents.
-    for Held { parent, name, lock, flags } in held.iter().rev() {
-        // Another run that holds it takes it away when it ends.
-        if flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok() && is_still(parent, name, lock) {
-            let _ = unlinkat(parent, name, *flags);
+        if !self.held.is_empty()
+            && let Ok(turn) = Registry::open(&self.registry)
+        {
+            release(&turn, &self.held);
         }
     }
 }
@@ -202,138 +196,180 @@ fn user_namespace(uid_map: &str, gid_map: &str) -> io::Result<OwnedFd> {
     }
 }
 
-fn hold_all(
+/// The placeholders of all runs on this host: a file for each, named by device and inode, in a directory that only root can
+/// open. Every run that relies on a placeholder keeps its file locked; a workload can lock nothing here.
+struct Registry {
+    directory: PathBuf,
+    /// One run at a time makes or takes away placeholders.
+    _turn: File,
+}
+
+impl Registry {
+    fn open(directory: &Path) -> io::Result<Registry> {
+        DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+        let turn = lock_file(&directory.join("turn"))?;
+        flock(&turn, FlockOperation::LockExclusive)?;
+        Ok(Registry { directory: directory.to_owned(), _turn: turn })
+    }
+
+    fn path(&self, found: &Stat) -> PathBuf {
+        self.directory.join(format!("{}-{}", found.st_dev, found.st_ino))
+    }
+
+    /// The lock of `found`, if it is a placeholder: of another run, or of one that was killed.
+    fn known(&self, found: &Stat) -> io::Result<Option<File>> {
+        let path = self.path(found);
+        if path.exists() { self.register(found).map(Some) } else { Ok(None) }
+    }
+
+    fn register(&self, found: &Stat) -> io::Result<File> {
+        let lock = lock_file(&self.path(found))?;
+        flock(&lock, FlockOperation::NonBlockingLockShared)?;
+        Ok(lock)
+    }
+
+    /// Whether nobody else relies on it; then it is forgotten.
+    fn forget(&self, found: &Stat, lock: &File) -> bool {
+        let last = flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok();
+        last && std::fs::remove_file(self.path(found)).is_ok()
+    }
+}
+
+fn lock_file(path: &Path) -> io::Result<File> {
+    std::fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
+/// What is covered, and the placeholders among it.
+#[derive(Default)]
+struct Covered {
+    paths: Vec<PathBuf>,
+    held: Vec<Held>,
+}
+
+fn cover_all(
+    registry: &Registry,
     directory: &OwnedFd,
     owner: &Stat,
     protect: &[Protect],
-) -> Result<(Vec<PathBuf>, Vec<Held>), WorkspaceError> {
-    let (mut covers, mut held) = (Vec::new(), Vec::new());
+) -> Result<Covered, WorkspaceError> {
+    let mut covered = Covered::default();
     for Protect { path, placeholder } in protect {
         // `.git` is covered as a whole already where it is a placeholder or a file.
-        if covers.iter().any(|done: &PathBuf| path.starts_with(done)) {
+        if covered.paths.iter().any(|done| path.starts_with(done)) {
             continue;
         }
-        match hold(directory, owner, path, placeholder) {
-            Ok((cover, Some(made))) => {
-                covers.push(cover);
-                held.push(made);
-            }
-            Ok((cover, None)) => covers.push(cover),
-            Err(Errno::LOOP) => {
-                release(&held);
-                return Err(WorkspaceError::Link { path: path.clone() });
+        match cover(registry, directory, owner, path, placeholder) {
+            Ok((cover, held)) => {
+                covered.paths.push(cover);
+                covered.held.extend(held);
             }
             Err(error) => {
-                release(&held);
-                return Err(WorkspaceError::Hold { path: path.clone(), source: error.into() });
+                release(registry, &covered.held);
+                let link = error.raw_os_error() == Some(libc::ELOOP);
+                let path = path.clone();
+                return Err(if link {
+                    WorkspaceError::Link { path }
+                } else {
+                    WorkspaceError::Hold { path, source: error }
+                });
             }
         }
     }
-    Ok((covers, held))
+    Ok(covered)
 }
 
 /// What to cover so that nothing can come to stand at `path`: it, a file on the way to it, or a placeholder for the first
 /// part of it that is missing.
-fn hold(
+fn cover(
+    registry: &Registry,
     directory: &OwnedFd,
     owner: &Stat,
     path: &Path,
     placeholder: &Placeholder,
-) -> rustix::io::Result<(PathBuf, Option<Held>)> {
+) -> io::Result<(PathBuf, Option<Held>)> {
     let mut parent = rustix::io::fcntl_dupfd_cloexec(directory, 3)?;
     let mut walked = PathBuf::new();
     for part in path.components() {
         let name = PathBuf::from(part.as_os_str());
         walked.push(&name);
-        let last = walked == path;
-        let found = match look(&parent, &name) {
+        let found = match statat(&parent, &name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => {
                 // A file holds its place only directly; above it, as anywhere, a directory does.
-                let placeholder = if last { placeholder } else { &Placeholder::Directory };
-                let held = make(parent, name, owner, placeholder)?;
-                return Ok((walked, Some(held)));
+                let placeholder = if walked == path { placeholder } else { &Placeholder::Directory };
+                return make(registry, parent, name, owner, placeholder).map(|held| (walked, Some(held)));
             }
             other => other?,
         };
-        if found.is_symlink() {
-            return Err(Errno::LOOP);
+        let kind = FileType::from_raw_mode(found.st_mode);
+        if kind.is_symlink() {
+            return Err(Errno::LOOP.into());
         }
-        if last || !found.is_dir() {
-            let held = marked(&parent, &name, found)?;
-            return Ok((walked, held));
+        if let Some(lock) = registry.known(&found)? {
+            return Ok((walked, Some(Held { parent, name, found, lock })));
         }
-        if let Some(held) = marked(&parent, &name, found)? {
-            return Ok((walked, Some(held)));
+        if !kind.is_dir() {
+            break;
         }
-        parent = open_below(&parent, &name, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        parent = openat2(&parent, &name, flags, Mode::empty(), resolve)?;
     }
     Ok((walked, None))
 }
 
-fn look(parent: &OwnedFd, name: &Path) -> rustix::io::Result<FileType> {
-    Ok(FileType::from_raw_mode(statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?.st_mode))
-}
-
-fn open_below(parent: &OwnedFd, name: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    // Opening a FIFO or a device here must neither wait nor act.
-    openat2(parent, name, flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY, Mode::empty(), resolve)
-}
-
-/// A placeholder of another run, or of one that was killed.
-fn marked(parent: &OwnedFd, name: &Path, found: FileType) -> rustix::io::Result<Option<Held>> {
-    if !(found.is_dir() || found.is_file()) {
-        return Ok(None);
-    }
-    let lock = open_below(parent, name, OFlags::RDONLY)?;
-    if fgetxattr(&lock, MARK, &mut [0_u8; 1]).is_err() {
-        return Ok(None);
-    }
-    flock(&lock, FlockOperation::LockShared)?;
-    let flags = if found.is_dir() { AtFlags::REMOVEDIR } else { AtFlags::empty() };
-    let parent = rustix::io::fcntl_dupfd_cloexec(parent, 3)?;
-    Ok(Some(Held { parent, name: name.to_owned(), lock, flags }))
-}
-
-fn make(parent: OwnedFd, name: PathBuf, owner: &Stat, placeholder: &Placeholder) -> rustix::io::Result<Held> {
-    for _ in 0..TRIES {
-        let (opened, flags) = match placeholder {
-            Placeholder::Directory => {
-                match mkdirat(&parent, &name, Mode::from_raw_mode(0o755)) {
-                    Err(Errno::EXIST) => {}
-                    other => other?,
-                }
-                (open_below(&parent, &name, OFlags::RDONLY | OFlags::DIRECTORY), AtFlags::REMOVEDIR)
-            }
-            Placeholder::File(content) => (make_file(&parent, &name, content), AtFlags::empty()),
-        };
-        let lock = match opened {
-            Err(Errno::NOENT | Errno::EXIST) => continue,
-            other => other?,
-        };
-        flock(&lock, FlockOperation::LockShared)?;
-        // Another run may have taken it away between the two calls.
-        if is_still(&parent, &name, &lock) {
-            fchown(&lock, Some(Uid::from_raw(owner.st_uid)), Some(Gid::from_raw(owner.st_gid)))?;
-            // Where the filesystem has no extended attributes, only the run that made it knows it.
-            let _ = fsetxattr(&lock, MARK, b"1", XattrFlags::empty());
-            return Ok(Held { parent, name, lock, flags });
+/// Makes a placeholder; when that fails half-way, it is taken away again.
+fn make(
+    registry: &Registry,
+    parent: OwnedFd,
+    name: PathBuf,
+    owner: &Stat,
+    placeholder: &Placeholder,
+) -> io::Result<Held> {
+    match placeholder {
+        Placeholder::Directory => mkdirat(&parent, &name, Mode::from_raw_mode(0o755))?,
+        Placeholder::File(content) => {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+            let file = openat(&parent, &name, flags, Mode::from_raw_mode(0o644))?;
+            rustix::io::write(&file, content.as_bytes())
+                .inspect_err(|_| remove(&parent, &name, placeholder_flags(placeholder)))?;
         }
     }
-    Err(Errno::BUSY)
-}
-
-fn make_file(parent: &OwnedFd, name: &Path, content: &str) -> rustix::io::Result<OwnedFd> {
-    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let file = openat(parent, name, flags, Mode::from_raw_mode(0o644))?;
-    rustix::io::write(&file, content.as_bytes())?;
-    Ok(file)
-}
-
-/// Whether `name` still is what `lock` has open.
-fn is_still(parent: &OwnedFd, name: &Path, lock: &OwnedFd) -> bool {
-    let (Ok(here), Ok(opened)) = (statat(parent, name, AtFlags::SYMLINK_NOFOLLOW), fstat(lock)) else {
-        return false;
+    let adopt = || -> io::Result<(Stat, File)> {
+        let owner = (Some(Uid::from_raw(owner.st_uid)), Some(Gid::from_raw(owner.st_gid)));
+        chownat(&parent, &name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)?;
+        let found = statat(&parent, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+        Ok((found, registry.register(&found)?))
     };
-    (here.st_dev, here.st_ino) == (opened.st_dev, opened.st_ino)
+    match adopt() {
+        Ok((found, lock)) => Ok(Held { parent, name, found, lock }),
+        Err(error) => {
+            remove(&parent, &name, placeholder_flags(placeholder));
+            Err(error)
+        }
+    }
+}
+
+fn placeholder_flags(placeholder: &Placeholder) -> AtFlags {
+    match placeholder {
+        Placeholder::Directory => AtFlags::REMOVEDIR,
+        Placeholder::File(_) => AtFlags::empty(),
+    }
+}
+
+fn release(registry: &Registry, held: &[Held]) {
+    // Children before their parents.
+    for Held { parent, name, found, lock } in held.iter().rev() {
+        let is_still = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|now| {
+            (now.st_dev, now.st_ino, now.st_size) == (found.st_dev, found.st_ino, found.st_size)
+        });
+        if registry.forget(found, lock) && is_still {
+            let directory = FileType::from_raw_mode(found.st_mode).is_dir();
+            remove(parent, name, if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() });
+        }
+    }
+}
+
+/// A directory goes only while it is empty, so nothing of anybody's can be lost.
+fn remove(parent: &OwnedFd, name: &Path, flags: AtFlags) {
+    let _ = unlinkat(parent, name, flags);
 }

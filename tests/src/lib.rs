@@ -3,6 +3,8 @@
 //! Every row runs twice. The *control* runs on the host, without us, and must be `open`: else the row proves
 //! nothing on this kernel, and has to be listed as vacuous there. Then the same attempt runs inside a sandbox.
 
+pub mod inject;
+
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -45,7 +47,8 @@ impl Sandbox {
 
     /// The default policy, the probe's folder and `extra` sections.
     pub fn with(extra: &str) -> Self {
-        let folder = tempfile::Builder::new().prefix("broker-test-").tempdir().expect("a temporary directory");
+        let folder =
+            tempfile::Builder::new().prefix("broker-test-").tempdir().expect("a temporary directory");
         let probe = folder.path().join("probe");
         std::fs::create_dir(&probe).expect("a directory for the probe");
         // By a program of its own: a descriptor open for writing here would be inherited by whatever another test
@@ -103,7 +106,12 @@ pub fn cases(command: &mut Command) -> Vec<Case> {
     let output = command.output().expect("the command starts");
     let text = String::from_utf8_lossy(&output.stdout);
     let cases: Vec<Case> = text.lines().filter_map(case).collect();
-    assert!(!cases.is_empty(), "no case came back: {:?}\n{text}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+    assert!(
+        !cases.is_empty(),
+        "no case came back: {:?}\n{text}\n{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
     cases
 }
 
@@ -121,7 +129,10 @@ fn case(line: &str) -> Option<Case> {
 pub fn assert_refused(row: &str, control: &[Case], inside: &[Case], vacuous: &[&str]) {
     for case in control {
         let listed = vacuous.contains(&case.name.as_str());
-        assert!(case.outcome == "open" || listed, "{row}: the control is not open, so it proves nothing: {case:?}");
+        assert!(
+            case.outcome == "open" || listed,
+            "{row}: the control is not open, so it proves nothing: {case:?}"
+        );
     }
     for case in inside {
         assert!(case.outcome == "denied" || case.outcome == "killed", "{row}: not refused inside: {case:?}");
@@ -170,7 +181,9 @@ pub fn within(limit: std::time::Duration, mut check: impl FnMut() -> bool) -> bo
 }
 
 /// Starts `command` with pipes and waits for its line that begins with `READY`; gives the lines up to it as well.
-pub fn until_ready(command: &mut Command) -> (std::process::Child, std::io::BufReader<std::process::ChildStdout>, String) {
+pub fn until_ready(
+    command: &mut Command,
+) -> (std::process::Child, std::io::BufReader<std::process::ChildStdout>, String) {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the command starts");
     let mut out = std::io::BufReader::new(child.stdout.take().expect("a pipe"));
     let mut text = String::new();
@@ -255,7 +268,8 @@ pub struct Running {
 impl Running {
     /// Starts `command`, with a pipe as its standard input, and waits for its first line.
     pub fn start(command: &mut Command) -> Self {
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the command starts");
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the command starts");
         let mut first_line = String::new();
         let output = std::io::BufReader::new(child.stdout.as_mut().expect("a pipe"));
         std::io::BufRead::read_line(&mut { output }, &mut first_line).expect("a first line");
@@ -273,15 +287,17 @@ impl Running {
             let line = std::iter::successors(Some(*pid), |pid| parent(*pid));
             line.take(64).any(|ancestor| ancestor == self.child.id())
         };
-        let elsewhere = |pid: &u32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).is_ok_and(|there| there != own);
+        let elsewhere =
+            |pid: &u32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).is_ok_and(|there| there != own);
         processes().into_iter().filter(|pid| ours(pid) && elsewhere(pid)).collect()
     }
 
     /// The status of every task of [`Running::confined`], with its path.
     pub fn statuses(&self) -> Vec<(PathBuf, String)> {
-        let tasks = self.confined().into_iter().flat_map(|pid| {
-            std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten()
-        });
+        let tasks = self
+            .confined()
+            .into_iter()
+            .flat_map(|pid| std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten());
         let status = |task: std::fs::DirEntry| {
             let path = task.path().join("status");
             std::fs::read_to_string(&path).ok().map(|text| (path, text))
@@ -307,4 +323,53 @@ impl Drop for Running {
 pub fn field<'a>(status: &'a str, name: &str) -> &'a str {
     let value = |line: &'a str| line.strip_prefix(name)?.strip_prefix(':').map(str::trim);
     status.lines().find_map(value).unwrap_or_else(|| panic!("no {name} in {status}"))
+}
+
+/// What a run could leave on the host: mounts, control groups, processes of a sandbox's uid, network namespaces.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leftovers {
+    mounts: Vec<String>,
+    groups: Vec<PathBuf>,
+    processes: Vec<String>,
+}
+
+/// The first uid of the slots; relays have the 16 million after.
+const SLOT_UIDS: std::ops::Range<u32> = 0x7000_0000..0x7200_0000;
+
+/// What is there now.
+pub fn leftovers() -> Leftovers {
+    let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo can be read");
+    let controllers = ["", "memory", "pids", "cpu", "unified"];
+    let groups = controllers.map(|controller| Path::new("/sys/fs/cgroup").join(controller).join("broker"));
+    Leftovers {
+        // Without the number of each, which is new whenever another mount comes and goes.
+        mounts: mountinfo.lines().map(|line| line.split(' ').skip(2).collect::<Vec<_>>().join(" ")).collect(),
+        groups: groups.into_iter().filter(|group| group.exists()).collect(),
+        processes: slot_processes(),
+    }
+}
+
+/// Processes whose uid is a slot's, zombies left out: those wait for this machine's own init.
+fn slot_processes() -> Vec<String> {
+    let entries = std::fs::read_dir("/proc").expect("/proc can be read").flatten();
+    let status = |entry: std::fs::DirEntry| std::fs::read_to_string(entry.path().join("status")).ok();
+    let field =
+        |status: &str, name: &str| Some(status.lines().find(|line| line.starts_with(name))?.to_owned());
+    let of_slot = |status: &String| {
+        let uid = field(status, "Uid:").and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+        let zombie = field(status, "State:").is_some_and(|line| line.contains('Z'));
+        uid.is_some_and(|uid: u32| SLOT_UIDS.contains(&uid)) && !zombie
+    };
+    entries.filter_map(status).filter(of_slot).filter_map(|status| field(&status, "Name:")).collect()
+}
+
+/// Waits until `done`, at most two seconds; then fails with `message`.
+pub fn settle(done: impl Fn() -> bool, message: impl Fn() -> String) {
+    for _ in 0..200 {
+        if done() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    panic!("{}", message());
 }

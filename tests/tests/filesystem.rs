@@ -1,7 +1,8 @@
-//! The file system rows, FS-01 to FS-28: what the host has is not there, cannot be changed and cannot be reached.
+//! The file system rows, FS-01 to FS-28: what the host has is not there, cannot be changed and cannot be
+//! reached.
 //!
-//! Unless a test says otherwise its method is the same attempt on the host, where it must work, and inside; the
-//! oracles are canaries and files that only the host's side looks at.
+//! Unless a test says otherwise its method is the same attempt on the host, where it must work, and inside;
+//! the oracles are canaries and files that only the host's side looks at.
 
 #[path = "filesystem/kernel_files.rs"]
 mod kernel_files;
@@ -28,32 +29,41 @@ fn with_workspace(workspace: &Path) -> Sandbox {
 /// Every case ended with one of these.
 fn assert_errno(row: &str, cases: &[Case], allowed: &[i32]) {
     for case in cases {
-        assert!(allowed.contains(&case.errno), "{row}: errno {} is not one of {allowed:?}: {case:?}", case.errno);
+        assert!(
+            allowed.contains(&case.errno),
+            "{row}: errno {} is not one of {allowed:?}: {case:?}",
+            case.errno
+        );
     }
 }
 
 /// A file of the host that anybody may read, gone with the test, together with the directories made for it.
-struct Planted(PathBuf);
+struct Planted {
+    file: PathBuf,
+    made: Vec<PathBuf>,
+}
 
 impl Planted {
     fn new(path: &str, content: &str) -> Self {
-        let path = PathBuf::from(path);
-        std::fs::create_dir_all(path.parent().expect("a folder")).expect("the folder is made");
-        std::fs::write(&path, content).expect("the canary is written");
-        Planted(path)
+        let file = PathBuf::from(path);
+        let folders = file.ancestors().skip(1);
+        let made = folders.take_while(|folder| !folder.exists()).map(Path::to_owned).collect();
+        std::fs::create_dir_all(file.parent().expect("a folder")).expect("the folder is made");
+        std::fs::write(&file, content).expect("the canary is written");
+        Planted { file, made }
     }
 
     fn text(&self) -> String {
-        self.0.display().to_string()
+        self.file.display().to_string()
     }
 }
 
 impl Drop for Planted {
     fn drop(&mut self) {
-        std::fs::remove_file(&self.0).ok();
-        // Removes what is empty: a directory that was there before has other files, or stays by being refused.
-        let folder = self.0.parent().filter(|folder| folder.starts_with("/root/") || folder.starts_with("/run/"));
-        folder.map(std::fs::remove_dir);
+        std::fs::remove_file(&self.file).ok();
+        for folder in &self.made {
+            std::fs::remove_dir(folder).ok();
+        }
     }
 }
 
@@ -73,8 +83,8 @@ impl Drop for Running {
     }
 }
 
-/// A copy made by another process: a descriptor open for writing in this one could be inherited by what another
-/// test starts meanwhile, and running the copy would fail with `ETXTBSY`.
+/// A copy made by another process: a descriptor open for writing in this one could be inherited by what
+/// another test starts meanwhile, and running the copy would fail with `ETXTBSY`.
 fn copy(from: &Path, to: &Path) {
     let status = Command::new("cp").arg(from).arg(to).status().expect("cp runs");
     assert!(status.success(), "cp {} {}", from.display(), to.display());

@@ -1,7 +1,7 @@
 //! The resource rows, RS-01 to RS-12: no more than was given, and no longer than was allowed.
 //!
-//! Each attempt takes far more than the limit, on the host and inside; how far it came is its own count, checked against the
-//! limit and against what the host sees.
+//! Each attempt takes far more than the limit, on the host and inside; how far it came is its own count,
+//! checked against the limit and against what the host sees.
 
 #[path = "resources/ending.rs"]
 mod ending;

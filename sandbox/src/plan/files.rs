@@ -186,10 +186,11 @@ pub(crate) fn base() -> Vec<Step> {
 pub(super) fn steps(policy: &Policy, host: &Host) -> Vec<Step> {
     let made = base().iter().map(|step| step.path().to_owned()).collect();
     let mut root = Root { made, ..Root::default() };
+    // Before the trees, so that one of those may lie below a private place.
+    private_places(&mut root, policy);
     for path in policy.file().files.read.iter().filter_map(|path| host.caller.expand(path)) {
         root.show(&path, host);
     }
-    private_places(&mut root, policy);
     root.steps.push(Step::Terminals { path: "/dev/pts".into() });
     // From here on the root is read-only, so that what covers is read-only too.
     root.steps.push(Step::Seal { path: "/".into() });

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::marker::PhantomData;
 
 use schemars::JsonSchema;
-use serde::de::{DeserializeOwned, Error as _};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{DeserializeOwned, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::words::{ByteSize, Count, Cpus, EnvName, HostPath, InnerPath, PolicyName, Span};
@@ -18,16 +20,22 @@ pub struct PolicyFile {
     /// The policy this one adds to: lists and tables are added to the base's, single values replace the base's.
     pub extends: Option<PolicyName>,
     /// What of the host's files can be seen, and the sizes of the private ones.
+    #[serde(deserialize_with = "table")]
     pub files: Files,
     /// What holds inside a `--workspace`.
+    #[serde(deserialize_with = "table")]
     pub workspace: Workspace,
     /// The environment; nothing else is inherited.
+    #[serde(deserialize_with = "table")]
     pub env: Env,
     /// What the run may use up.
+    #[serde(deserialize_with = "table")]
     pub limits: Limits,
     /// The second fence under the mounts.
+    #[serde(deserialize_with = "table")]
     pub landlock: Landlock,
     /// Loosenings of the system-call filter, by name.
+    #[serde(deserialize_with = "table")]
     pub syscalls: Syscalls,
     /// Protections that may be missing on a host that cannot give them. Nothing is missing silently.
     #[serde(deserialize_with = "distinct")]
@@ -161,6 +169,25 @@ impl fmt::Display for Gap {
             Gap::NoCgroup => "no-cgroup",
         })
     }
+}
+
+/// A section is a table. serde would take a list for one too, value by value.
+fn table<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    struct Table<T>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Table<T> {
+        type Value = T;
+        fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+            out.write_str("a table")
+        }
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+            T::deserialize(MapAccessDeserializer::new(map))
+        }
+    }
+    deserializer.deserialize_map(Table(PhantomData))
 }
 
 fn distinct<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>

@@ -95,7 +95,24 @@ fn table(plan: SeccompPlan) -> Result<BTreeMap<c_long, Vec<Conditions>>> {
         table.insert(number, alternatives);
     };
     add(libc::SYS_socket, sockets(plan)?);
-    add(libc::SYS_socketpair, vec![vec![equal(0, libc::AF_UNIX as u64)?]]);
+    // A pair of datagrams could still send to any address, and so carry descriptors out of a shared workspace.
+    let pair = |kind: i32| -> Result<Conditions> {
+        Ok(vec![
+            equal(0, libc::AF_UNIX as u64)?,
+            Condition::new(1, Width::Dword, Op::MaskedEq(SOCKET_TYPE), kind as u64)?,
+        ])
+    };
+    add(libc::SYS_socketpair, vec![pair(libc::SOCK_STREAM)?, pair(libc::SOCK_SEQPACKET)?]);
+    // F_SETLEASE and F_NOTIFY on a file of a shared workspace make the host wait.
+    let command = |operator, value: i32| Condition::new(1, Width::Dword, operator, value as u64);
+    add(
+        libc::SYS_fcntl,
+        vec![
+            vec![command(Op::Lt, libc::F_SETLEASE)?],
+            vec![command(Op::Eq, libc::F_GETLEASE)?],
+            vec![command(Op::Gt, libc::F_NOTIFY)?],
+        ],
+    );
     add(libc::SYS_clone, vec![vec![Condition::new(0, Width::Qword, Op::MaskedEq(CLONE_NAMESPACES), 0)?]]);
     add(libc::SYS_ioctl, ioctls()?);
     add(

@@ -14,8 +14,8 @@ fn fs_04_core_pattern_cannot_be_written() {
     assert_errno("FS-04", &inside, &[libc::EROFS, libc::EACCES, libc::ENOENT]);
 }
 
-/// FS-05. Method: every file of /proc that belongs to no process is opened for writing. Oracle: the kernel's errno.
-/// Vacuous here: this kernel has neither sysrq, binfmt_misc, ACPI wake-up nor SCSI files.
+/// FS-05. Method: every file of /proc that belongs to no process is opened for writing. Oracle: the kernel's
+/// errno. Vacuous here: this kernel has neither sysrq, binfmt_misc, ACPI wake-up nor SCSI files.
 #[test]
 fn fs_05_nothing_in_proc_can_be_written() {
     let sandbox = Sandbox::new();
@@ -37,9 +37,9 @@ fn fs_06_host_information_in_proc_is_masked() {
     assert_refused("FS-06", &sandbox.control("FS-06", &nothing), &inside, &vacuous);
 }
 
-/// FS-07. Method: known files of /sys are read and opened for writing, then everything below it; on the host no
-/// deeper than two levels. Oracle: the kernel's errno. Vacuous here: what this machine's
-/// firmware does not offer, and file systems that are not mounted.
+/// FS-07. Method: known files of /sys are read and opened for writing, then everything below it; on the host
+/// no deeper than two levels. Oracle: the kernel's errno. Vacuous here: what this machine's firmware does not
+/// offer, and file systems that are not mounted.
 #[test]
 fn fs_07_sys_is_absent() {
     let sandbox = Sandbox::new();
@@ -49,8 +49,8 @@ fn fs_07_sys_is_absent() {
     assert_errno("FS-07", &inside, &[0, libc::ENOENT, libc::EACCES]);
 }
 
-/// FS-14. Method: /dev is listed, and devices that give away the host are looked up. Oracle: the list of the row.
-/// Vacuous here: devices that this machine does not have.
+/// FS-14. Method: /dev is listed, and devices that give away the host are looked up. Oracle: the list of the
+/// row. Vacuous here: devices that this machine does not have.
 #[test]
 fn fs_14_dev_has_only_what_programs_need() {
     let sandbox = Sandbox::new();
@@ -61,5 +61,9 @@ fn fs_14_dev_has_only_what_programs_need() {
     let usable = "for f in null zero full random urandom; do test -c /dev/$f || echo $f; done; \
                   echo x > /dev/null; head -c 4 /dev/urandom | wc -c; head -c 1 /dev/fd/0; test -d /dev/shm && echo end";
     let output = sandbox.shell(usable);
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "4\nend\n", "FS-14: the devices are real: {output:?}");
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "4\nend\n",
+        "FS-14: the devices are real: {output:?}"
+    );
 }

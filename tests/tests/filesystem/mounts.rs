@@ -13,8 +13,8 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 use super::{assert_errno, copy, folder, with_workspace};
 
-/// FS-10. Method: remounts and mount_setattr that clear the protecting flags; the control in mounts of its own.
-/// Oracle: the errno of the filter, and a write to /usr afterwards.
+/// FS-10. Method: remounts and mount_setattr that clear the protecting flags; the control in mounts of its
+/// own. Oracle: the errno of the filter, and a write to /usr afterwards.
 #[test]
 fn fs_10_read_only_mounts_cannot_be_loosened() {
     let sandbox = Sandbox::new();
@@ -28,9 +28,9 @@ fn fs_10_read_only_mounts_cannot_be_loosened() {
     assert!(!Path::new("/usr/written-by-fs-10").exists(), "FS-10: /usr was written");
 }
 
-/// FS-11. Method: every mount point is unmounted by every way; protected files of the workspace are written, renamed,
-/// removed, replaced, and their parent is moved away. The control does so to a copy, in mounts of its own. Oracle: the
-/// workspace as the host sees it afterwards.
+/// FS-11. Method: every mount point is unmounted by every way; protected files of the workspace are written,
+/// renamed, removed, replaced, and their parent is moved away. The control does so to a copy, in mounts of
+/// its own. Oracle: the workspace as the host sees it afterwards.
 #[test]
 fn fs_11_what_is_masked_or_protected_stays_so() {
     let prepare = |place: &Path| {
@@ -59,8 +59,46 @@ fn fs_11_what_is_masked_or_protected_stays_so() {
     assert_errno("FS-11", &inside[3..], &protected);
 }
 
-/// FS-12. Method: all calls of the old and the new mount API with arguments that cannot work. Oracle: the errno: of
-/// the kernel's own code on the host, of the filter inside.
+/// FS-11, together. Method: two sandboxes share a workspace; the first ends, and takes away the places that
+/// it held, while the second goes on. Oracle: the workspace on the host, while and after.
+#[test]
+fn fs_11_protection_lasts_as_long_as_the_last_run() {
+    let workspace = folder("fs-11-");
+    let sandbox = with_workspace(workspace.path());
+    let mut command = sandbox.command();
+    let script = "echo READY; read line; mkdir -p .vscode .git/hooks; echo attack > .vscode/tasks.json; \
+                  echo attack > .git/hooks/pre-commit; echo attack > .envrc; true";
+    let (mut first, _out, _) = until_ready(command.args(["sh", "-c", "echo READY; read line"]));
+    let mut command = sandbox.command();
+    let (mut second, _out, _) =
+        until_ready(command.args(["sh", "-c", script]).stderr(std::process::Stdio::null()));
+    drop(first.stdin.take());
+    assert!(first.wait().expect("it ends").code().is_some(), "FS-11: the first ends by itself");
+    drop(second.stdin.take());
+    assert!(second.wait().expect("it ends").success(), "FS-11: the second ends by itself");
+    let left: Vec<_> = std::fs::read_dir(workspace.path()).expect("readable").flatten().collect();
+    assert!(left.is_empty(), "FS-11: left in the workspace: {left:?}");
+}
+
+/// FS-11, after a crash. Method: the broker is killed while it holds places in the workspace; the next run
+/// ends well. Oracle: the workspace on the host.
+#[test]
+fn fs_11_the_next_run_takes_away_what_a_killed_one_held() {
+    let workspace = folder("fs-11-");
+    let sandbox = with_workspace(workspace.path());
+    let mut command = sandbox.command();
+    let (mut killed, _out, _) = until_ready(command.args(["sh", "-c", "echo READY; read line"]));
+    killed.kill().expect("killed");
+    killed.wait().expect("dead");
+    let left = || std::fs::read_dir(workspace.path()).expect("readable").flatten().count();
+    assert!(left() > 0, "FS-11: the killed one held places");
+    let output = sandbox.shell("echo attack > .envrc; echo ran");
+    assert_eq!(output.stdout, b"ran\n", "FS-11: {output:?}");
+    assert_eq!(left(), 0, "FS-11: places are still held");
+}
+
+/// FS-12. Method: all calls of the old and the new mount API with arguments that cannot work. Oracle: the
+/// errno: of the kernel's own code on the host, of the filter inside.
 #[test]
 fn fs_12_the_mount_calls_are_out_of_reach() {
     let sandbox = Sandbox::new();
@@ -68,19 +106,21 @@ fn fs_12_the_mount_calls_are_out_of_reach() {
     let inside = sandbox.probe("FS-12", &nothing);
     assert_refused("FS-12", &sandbox.control("FS-12", &nothing), &inside, &[]);
     let newer = ["open_tree_attr", "statmount", "listmount"];
-    let (new, known): (Vec<Case>, Vec<Case>) = inside.into_iter().partition(|case| newer.contains(&case.name.as_str()));
+    let (new, known): (Vec<Case>, Vec<Case>) =
+        inside.into_iter().partition(|case| newer.contains(&case.name.as_str()));
     assert_errno("FS-12", &known, &[libc::EPERM]);
     assert_errno("FS-12", &new, &[libc::EPERM, libc::ENOSYS]);
 }
 
-/// FS-13. Method: device nodes are made in every kind of place; one that the host planted in the workspace is opened.
-/// Oracle: the errno, and the host's look at the workspace.
+/// FS-13. Method: device nodes are made in every kind of place; one that the host planted in the workspace is
+/// opened. Oracle: the errno, and the host's look at the workspace.
 #[test]
 fn fs_13_device_nodes_cannot_be_made_or_used() {
     let plant = |place: &Path| {
         let zero = rustix::fs::makedev(1, 5);
         let path = place.join("planted");
-        rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::CharacterDevice, Mode::from(0o666), zero).expect("mknod");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::CharacterDevice, Mode::from(0o666), zero)
+            .expect("mknod");
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666)).expect("chmod");
     };
     let (free, workspace, other) = (folder("fs-13-"), folder("fs-13-"), folder("fs-13-"));
@@ -90,7 +130,7 @@ fn fs_13_device_nodes_cannot_be_made_or_used() {
     let sandbox = with_workspace(workspace.path());
     let place = |label: &str, path: &Path| format!("{label}={}", path.display());
     let places = [place("ws", free.path()), place("tmp", other.path()), place("dev", other.path())];
-    let control = sandbox.control("FS-13", &[&[disk.clone()], &places[..]].concat());
+    let control = sandbox.control("FS-13", &[std::slice::from_ref(&disk), &places].concat());
     let inside = sandbox.probe("FS-13", &[&*disk, "ws=/workspace", "tmp=/tmp", "dev=/dev"]);
     assert_refused("FS-13", &control, &inside, &[]);
     let (planted, made): (Vec<Case>, Vec<Case>) = inside.into_iter().partition(|case| case.name == "planted");
@@ -99,8 +139,9 @@ fn fs_13_device_nodes_cannot_be_made_or_used() {
     assert!(!workspace.path().join("node").exists(), "FS-13: a node is in the workspace");
 }
 
-/// FS-15. Method: set-user-id-root, set-group-id-root and file-capability copies of the probe, planted by the host in
-/// the workspace and in a shown directory, are run. The control runs them as nobody. Oracle: ids and the kernel's CapEff.
+/// FS-15. Method: set-user-id-root, set-group-id-root and file-capability copies of the probe, planted by the
+/// host in the workspace and in a shown directory, are run. The control runs them as nobody. Oracle: ids and
+/// the kernel's CapEff.
 #[test]
 fn fs_15_set_id_and_capabilities_of_files_do_not_raise() {
     let workspace = folder("fs-15-");
@@ -119,7 +160,8 @@ fn fs_15_set_id_and_capabilities_of_files_do_not_raise() {
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).expect("chmod");
         }
         let flags = rustix::fs::XattrFlags::empty();
-        rustix::fs::setxattr(place.join("fcap"), "security.capability", &capabilities, flags).expect("setxattr");
+        rustix::fs::setxattr(place.join("fcap"), "security.capability", &capabilities, flags)
+            .expect("setxattr");
     }
     for name in ["suid", "sgid", "fcap"] {
         let mut nobody = Command::new(free.path().join(name));
@@ -133,8 +175,31 @@ fn fs_15_set_id_and_capabilities_of_files_do_not_raise() {
     }
 }
 
-/// FS-24 ("shocker"). Method: a file by its handle, and the file system's root by a forged one, on the workspace's mount.
-/// Oracle: the errno.
+/// FS-15, the other way: set-id bits and capabilities that a workload leaves on files for others. Method:
+/// every call that can set a mode, and the extended attribute. Oracle: modes and attributes of the workspace,
+/// on the host.
+#[test]
+fn fs_15_no_raising_file_is_left_in_the_workspace() {
+    let (workspace, free) = (folder("fs-15-"), folder("fs-15-"));
+    let sandbox = with_workspace(workspace.path());
+    let control = sandbox.control("FS-15", &["make", &*free.path().to_string_lossy()]);
+    let inside = sandbox.probe("FS-15", &["make", "/workspace"]);
+    assert_refused("FS-15", &control, &inside, &[]);
+    let raising = |place: &Path| {
+        let found = Command::new("find").arg(place).args(["-perm", "/6000"]).output().expect("find runs");
+        String::from_utf8_lossy(&found.stdout).into_owned()
+    };
+    assert!(!raising(free.path()).is_empty(), "FS-15: the search finds the control's");
+    assert_eq!(raising(workspace.path()), "", "FS-15: files with set-id bits");
+    let (refused, other): (Vec<Case>, Vec<Case>) =
+        inside.into_iter().partition(|case| !case.name.contains("at2"));
+    assert_errno("FS-15", &refused, &[libc::EPERM]);
+    // glibc falls back from these two where they are unknown.
+    assert_errno("FS-15", &other, &[libc::EPERM, libc::ENOSYS]);
+}
+
+/// FS-24 ("shocker"). Method: a file by its handle, and the file system's root by a forged one, on the
+/// workspace's mount. Oracle: the errno.
 #[test]
 fn fs_24_handles_do_not_open_files() {
     let workspace = folder("fs-24-");
@@ -147,8 +212,9 @@ fn fs_24_handles_do_not_open_files() {
     assert_errno("FS-24", &inside, &[libc::EPERM, libc::ENOSYS]);
 }
 
-/// FS-28. Method: the workspace is a shared mount, below which the host mounts while a sandbox runs. The control is a
-/// namespace that does receive from the host's. Oracle: the canary in what was mounted, and the host's mount table.
+/// FS-28. Method: the workspace is a shared mount, below which the host mounts while a sandbox runs. The
+/// control is a namespace that does receive from the host's. Oracle: the canary in what was mounted, and the
+/// host's mount table.
 #[test]
 fn fs_28_later_mounts_of_the_host_do_not_propagate() {
     // A thread of its own: its mounts are gone with it, and no other test sees them.
@@ -158,7 +224,8 @@ fn fs_28_later_mounts_of_the_host_do_not_propagate() {
 fn propagation() {
     use nix::sched::CloneFlags;
     nix::sched::unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).expect("unshare");
-    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).expect("private");
+    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .expect("private");
     let (token, workspace) = (canary(), folder("fs-28-"));
     let place = workspace.path();
     rustix::mount::mount_bind(place, place).expect("bind");
@@ -171,7 +238,8 @@ fn propagation() {
         let during = mounts();
         rustix::mount::mount("tmpfs", &below, "tmpfs", MountFlags::empty(), None).expect("mount");
         std::fs::write(below.join("canary"), &token).expect("the canary is written");
-        std::fs::set_permissions(below.join("canary"), std::fs::Permissions::from_mode(0o644)).expect("chmod");
+        std::fs::set_permissions(below.join("canary"), std::fs::Permissions::from_mode(0o644))
+            .expect("chmod");
         child.stdin.take().expect("a pipe").write_all(b"go\n").expect("it listens");
         let mut text = String::new();
         out.read_to_string(&mut text).expect("lines come");
@@ -187,7 +255,8 @@ fn propagation() {
 
     let before = mounts();
     let mut command = sandbox.command();
-    let (inside, during) = attempt(command.arg(sandbox.probe_path()).args(["FS-28", "/workspace/below/canary"]));
+    let (inside, during) =
+        attempt(command.arg(sandbox.probe_path()).args(["FS-28", "/workspace/below/canary"]));
     assert_refused("FS-28", &control, &inside, &[]);
     assert_eq!(before, during, "FS-28: the sandbox's mounts show on the host");
     assert_eq!(before, mounts(), "FS-28: a mount was left on the host");

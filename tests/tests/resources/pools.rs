@@ -1,5 +1,7 @@
 //! Processes, memory, space, descriptors, processor time.
 
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -7,8 +9,9 @@ use broker_tests::{Sandbox, alive, assert_refused, canary, cases, until_ready, w
 
 use super::{folder, outcome, reached, reporting, run, text};
 
-/// RS-01. Method: 200 processes, then 200 threads, at a limit of 60. Oracle: how many there were, the errno, processes
-/// of this run that the host still sees, and that the host can fork meanwhile and the end comes at once.
+/// RS-01. Method: 200 processes, then 200 threads, at a limit of 60. Oracle: how many there were, the errno,
+/// processes of this run that the host still sees, and that the host can fork meanwhile and the end comes at
+/// once.
 #[test]
 fn rs_01_processes_and_threads_are_limited() {
     let token = canary();
@@ -21,27 +24,50 @@ fn rs_01_processes_and_threads_are_limited() {
     }
     // The bomb proper: what cannot start is tried again for ever, until the deadline.
     let sandbox = Sandbox::with("[limits]\ngrace = \"200ms\"\n");
-    let sandbox = sandbox.option("--pids").option("60").option("--timeout").option("1500ms");
+    let sandbox = sandbox.option("--pids").option("60").option("--timeout").option("3s");
     let start = Instant::now();
     let mut command = sandbox.command();
-    let script = "b() { while :; do b & done; }; echo READY; b 2>/dev/null";
-    let (mut child, _out, _) = until_ready(command.args(["sh", "-c", script, &token]).stderr(std::process::Stdio::null()));
-    assert!(within(Duration::from_secs(1), || alive(&token).len() > 30), "RS-01: the bomb goes off");
+    let (mut child, _out, _) =
+        until_ready(command.arg(sandbox.probe_path()).args(["RS-01", "for-ever", &token]));
+    let owners = alive(&token).into_iter().filter_map(|pid| owner(&pid.to_string()));
+    let workload = owners.max().expect("it is there");
+    assert!(workload >= 0x7000_0000, "RS-01: it runs as uid {workload}");
+    let processes = || {
+        let all = std::fs::read_dir("/proc").expect("/proc").flatten();
+        let names = all.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| owner(name) == Some(workload)).count()
+    };
+    assert!(within(Duration::from_secs(2), || processes() > 30), "RS-01: the bomb goes off");
     let fork = Instant::now();
     assert!(Command::new("true").status().expect("the host forks").success());
-    assert!(fork.elapsed() < Duration::from_secs(1), "RS-01: a fork on the host took {:?}", fork.elapsed());
-    let most = (0..20).map(|_| alive(&token).len()).max().unwrap_or(0);
-    // The broker's own processes have the token in their command line as well.
-    assert!(most <= 60 + 4, "RS-01: {most} processes at once");
+    assert!(fork.elapsed() < Duration::from_secs(2), "RS-01: a fork on the host took {:?}", fork.elapsed());
+    let most = (0..20).map(|_| processes()).max().unwrap_or(0);
+    // Init may come on top, and a look at /proc is no snapshot: who dies meanwhile is counted with who comes.
+    assert!(most <= 60 + 5, "RS-01: {most} processes at once");
     child.wait().expect("broker ends");
-    assert!(start.elapsed() < Duration::from_millis(1700 + 2000), "RS-01: the end took {:?}", start.elapsed());
-    assert!(within(Duration::from_secs(2), || alive(&token).is_empty()), "RS-01: survivors {:?}", alive(&token));
+    assert!(
+        start.elapsed() < Duration::from_millis(3200 + 4000),
+        "RS-01: the end took {:?}",
+        start.elapsed()
+    );
+    assert!(
+        within(Duration::from_secs(2), || alive(&token).is_empty()),
+        "RS-01: survivors {:?}",
+        alive(&token)
+    );
+}
+
+/// The uid of a process; nothing for other names in /proc. Unlike its command line it can be had without its
+/// locks.
+fn owner(process: &str) -> Option<u32> {
+    process.parse::<u32>().ok()?;
+    std::fs::metadata(format!("/proc/{process}")).ok().map(|about| about.uid())
 }
 
 const MEMORY_MIB: u64 = 48;
 
-// Takes 128 MiB of `kind` on the host and then inside of a limit of 48: stopped by an errno, or by the kernel's OOM
-// killer, in which case the status and the report have to say so.
+// Takes 128 MiB of `kind` on the host and then inside of a limit of 48: stopped by an errno, or by the
+// kernel's OOM killer, in which case the status and the report have to say so.
 fn memory(kind: &str, inside_directory: &str) {
     let (place, free) = (folder("rs-02-"), tempfile::tempdir_in("/dev/shm").expect("a temporary directory"));
     let path = place.path().join("report");
@@ -52,10 +78,11 @@ fn memory(kind: &str, inside_directory: &str) {
     let mut command = sandbox.command();
     let output = run(command.arg(sandbox.probe_path()).args(["RS-02", kind, "128", inside_directory]));
     let lines = text(&output.stdout);
-    let last = lines.lines().filter_map(|line| line.strip_prefix("progress ")?.parse::<u64>().ok()).max();
-    let last = last.unwrap_or(0);
+    let last = furthest(&lines);
+    // What a directory costs is estimated, and a little low.
+    let slack = if kind == "directories" { 16 } else { 4 };
     assert!(!lines.contains("\"open\""), "RS-02: {kind}: all of it was given: {lines}");
-    assert!(last <= MEMORY_MIB + 4, "RS-02: {kind}: {last} MiB at a limit of {MEMORY_MIB}: {output:?}");
+    assert!(last <= MEMORY_MIB + slack, "RS-02: {kind}: {last} MiB at a limit of {MEMORY_MIB}: {output:?}");
     let refused = lines.contains("\"denied\"");
     let killed = output.status.code() == Some(137);
     assert!(killed != refused, "RS-02: {kind}: neither refused nor killed: {output:?}");
@@ -63,6 +90,11 @@ fn memory(kind: &str, inside_directory: &str) {
         assert!(last >= MEMORY_MIB / 4, "RS-02: {kind}: killed at {last} MiB already: {output:?}");
         assert!(outcome(&path).contains("oom"), "RS-02: {kind}: the report says {}", outcome(&path));
     }
+}
+
+fn furthest(lines: &str) -> u64 {
+    let counts = lines.lines().filter_map(|line| line.strip_prefix("progress ")?.parse().ok());
+    counts.max().unwrap_or(0)
 }
 
 /// RS-02. Oracle: how far the last line got, the status, and the report's reason.
@@ -115,35 +147,43 @@ fn rs_02_pipe_buffers_are_charged() {
     memory("pipes", "/tmp");
 }
 
-// Kernel buffers that cgroup v1 does not charge: bounded, or the report has to own up to it.
-fn buffers(kind: &str) {
+// Takes `goal` MiB in buffers of sockets; `most` is where it has to have ended, unless the report owns up to
+// a gap.
+fn buffers(kind: &str, goal: &str, most: u64) {
     let place = folder("rs-02-");
     let path = place.path().join("report");
     let sandbox = reporting(Sandbox::new(), &path).option("--memory").option(format!("{MEMORY_MIB}MiB"));
-    let free = place.path().display().to_string();
-    let control = sandbox.control("RS-02", &[kind, "128", &free]);
+    let control = sandbox.control("RS-02", &[kind, goal, "/tmp"]);
     assert_eq!(control[0].outcome, "open", "RS-02: the control takes it: {control:?}");
     let mut command = sandbox.command();
-    let output = run(command.arg(sandbox.probe_path()).args(["RS-02", kind, "128", "/tmp"]));
-    let open = text(&output.stdout).contains("\"open\"");
+    let output = run(command.arg(sandbox.probe_path()).args(["RS-02", kind, goal, "/tmp"]));
+    let lines = text(&output.stdout);
+    assert!(lines.contains("progress "), "RS-02: {kind}: it did try: {output:?}");
+    let last = furthest(&lines);
     let gaps = broker_tests::report(&path)["gaps"].to_string();
-    assert!(!open || gaps.contains("socket"), "RS-02: {kind}: 128 MiB beside the limit, and the gaps are {gaps}");
+    assert!(
+        last <= most || gaps.contains("socket"),
+        "RS-02: {kind}: {last} MiB at a limit of {MEMORY_MIB}, and the gaps are {gaps}"
+    );
 }
 
-/// RS-02. Method: buffers of socket pairs, of which 48 MiB is the limit and 128 are taken. Oracle: how much they hold.
+/// RS-02. Method: buffers of socket pairs, beyond what one process can have. Oracle: how much they hold.
 #[test]
-fn rs_02_unix_socket_buffers_are_bounded_or_a_named_gap() {
-    buffers("unix-sockets");
+fn rs_02_unix_socket_buffers_are_charged() {
+    buffers("unix-sockets", "128", MEMORY_MIB + 4);
 }
 
-/// RS-02. Method: buffers of TCP connections over the loopback, as above. Oracle: how much they hold.
+/// RS-02. Method: buffers of TCP connections over the loopback, by as many processes as it takes. cgroup v1
+/// counts them by a limit of their own, beyond which every connection still gets a little; what the
+/// connections themselves cost ends it. Oracle: how much they hold, which is a small multiple of the limit
+/// and not what the host has.
 #[test]
-fn rs_02_tcp_buffers_are_bounded_or_a_named_gap() {
-    buffers("tcp");
+fn rs_02_tcp_buffers_are_bounded() {
+    buffers("tcp", "400", 4 * MEMORY_MIB);
 }
 
-/// RS-03. Method: every private place is filled with files and with bytes, up to four times what it may hold. Oracle:
-/// ENOSPC, at a count that fits the policy's size.
+/// RS-03. Method: every private place is filled with files and with bytes, up to four times what it may hold.
+/// Oracle: ENOSPC, at a count that fits the policy's size.
 #[test]
 fn rs_03_private_places_have_their_sizes() {
     let sizes = [("tmp", "/tmp", 8), ("shm", "/dev/shm", 4), ("run", "/run", 2), ("home", "/home/agent", 6)];
@@ -152,15 +192,21 @@ fn rs_03_private_places_have_their_sizes() {
     let free = folder("rs-03-");
     let place = |label: &str, path: &str| format!("{label}={path}");
     let common = ["32".to_owned(), "2000".to_owned()];
-    let host: Vec<String> = sizes.iter().map(|(label, ..)| place(label, &free.path().to_string_lossy())).collect();
+    let host: Vec<String> =
+        sizes.iter().map(|(label, ..)| place(label, &free.path().to_string_lossy())).collect();
     let inner: Vec<String> = sizes.iter().map(|(label, path, _)| place(label, path)).collect();
     let control = sandbox.control("RS-03", &[&common[..], &host].concat());
     let inside = sandbox.probe("RS-03", &[&common[..], &inner].concat());
     assert_refused("RS-03", &control, &inside, &[]);
     for (label, _, mebibytes) in sizes {
-        let find = |case: &str| inside.iter().find(|found| found.name == format!("{case} {label}")).expect("tried");
+        let find =
+            |case: &str| inside.iter().find(|found| found.name == format!("{case} {label}")).expect("tried");
         let (inodes, bytes) = (find("inodes"), find("bytes"));
-        assert_eq!((inodes.errno, bytes.errno), (libc::ENOSPC, libc::ENOSPC), "RS-03: {label}: {inodes:?} {bytes:?}");
+        assert_eq!(
+            (inodes.errno, bytes.errno),
+            (libc::ENOSPC, libc::ENOSPC),
+            "RS-03: {label}: {inodes:?} {bytes:?}"
+        );
         assert!((400..=500).contains(&reached(inodes)), "RS-03: {label}: {inodes:?}");
         let most = mebibytes << 20;
         assert!((most / 2..=most).contains(&reached(bytes)), "RS-03: {label}: {bytes:?}");
@@ -171,8 +217,8 @@ fn rs_03_private_places_have_their_sizes() {
     }
 }
 
-/// RS-04. Method: files larger than the policy's limit, by fallocate, ftruncate and a write far out. Oracle: EFBIG or
-/// SIGXFSZ, and the sizes that the host finds.
+/// RS-04. Method: files larger than the policy's limit, by fallocate, ftruncate and a write far out. Oracle:
+/// EFBIG or SIGXFSZ, and the sizes that the host finds.
 #[test]
 fn rs_04_large_files_are_refused() {
     let (workspace, free) = (folder("rs-04-"), folder("rs-04-"));
@@ -190,8 +236,9 @@ fn rs_04_large_files_are_refused() {
     assert!(size <= 8 << 20, "RS-04: {size} bytes");
 }
 
-/// RS-04. Method: 20 000 names, long and ugly ones, closed directories and a tree 3 000 deep, in the workspace and in the
-/// private places. Oracle: broker ends on its own, with the program's status, and the workspace keeps all.
+/// RS-04. Method: 20 000 names, long and ugly ones, closed directories and a tree 3 000 deep, in the
+/// workspace and in the private places. Oracle: broker ends on its own, with the program's status, and the
+/// workspace keeps all.
 #[test]
 fn rs_04_floods_of_names_do_not_stop_the_clean_up() {
     let (workspace, free) = (folder("rs-04-"), folder("rs-04-"));
@@ -202,7 +249,10 @@ fn rs_04_floods_of_names_do_not_stop_the_clean_up() {
     for (place, name) in [("/workspace", ".git"), ("/tmp", "x"), ("/home/agent", "x")] {
         let start = Instant::now();
         let mut command = sandbox.command();
-        let made = format!("mkdir -p {place}/{name} && exec {} RS-04 names {place}/{name} 20000 3000", sandbox.probe_path().display());
+        let made = format!(
+            "mkdir -p {place}/{name} && exec {} RS-04 names {place}/{name} 20000 3000",
+            sandbox.probe_path().display()
+        );
         let output = run(command.args(["sh", "-c", &made]));
         // What is not covered in the workspace may well be flooded; only the end of the run is at stake.
         assert_eq!(output.status.code(), Some(0), "RS-04: {place}: {output:?}");
@@ -217,7 +267,8 @@ fn rs_04_floods_of_names_do_not_stop_the_clean_up() {
     }
 }
 
-/// RS-05. Method: descriptors of every kind, beyond the limit; the limit is raised. Oracle: EMFILE at the limit.
+/// RS-05. Method: descriptors of every kind, beyond the limit; the limit is raised. Oracle: EMFILE at the
+/// limit.
 #[test]
 fn rs_05_descriptors_are_limited() {
     let sandbox = Sandbox::with("[limits]\nopen_files = 256\n");
@@ -225,49 +276,69 @@ fn rs_05_descriptors_are_limited() {
     let inside = sandbox.probe("RS-05", &["600"]);
     assert_refused("RS-05", &control, &inside, &[]);
     for case in inside.iter().filter(|case| case.detail.starts_with("at ")) {
-        assert!(case.errno == libc::EMFILE && reached(case) <= 256 && reached(case) >= 200, "RS-05: {case:?}");
+        assert!(
+            case.errno == libc::EMFILE && reached(case) <= 256 && reached(case) >= 200,
+            "RS-05: {case:?}"
+        );
     }
     let find = |name: &str| inside.iter().find(|case| case.name == name).expect("tried").errno;
     assert_eq!((find("dup2"), find("raise the limit")), (libc::EBADF, libc::EPERM), "RS-05: {inside:?}");
 }
 
-/// RS-05. Method: one sandbox takes all inotify instances it can get, which the kernel counts by user and by the user
-/// that made the user namespace; then another one and the host's root want one. The control exhausts the pool of
-/// `nobody`. Oracle: the errno of the others.
+/// RS-05. Method: one sandbox takes all inotify instances it can get, which the kernel counts by user and by
+/// the user that made the user namespace; then another one and the host's root want one. The control exhausts
+/// the pool of `nobody`. Oracle: the errno of the others.
 #[test]
 fn rs_05_one_sandbox_does_not_take_the_inotify_pool_of_others() {
-    let sandbox = Sandbox::new();
-    let probe = sandbox.probe_path();
+    pool("inotify", "4000", 65534);
+}
+
+/// RS-05. Method: as above with pseudo-terminals, of which the machine has one number for all; the control
+/// takes the machine's for a moment. Oracle: the errno of the others.
+#[test]
+fn rs_05_one_sandbox_does_not_take_the_terminals_of_others() {
+    pool("pty", "4090", 0);
+}
+
+fn pool(name: &str, count: &str, control_uid: u32) {
+    let (sandbox, one) = (Sandbox::new(), format!("one-{name}"));
     let shared = folder("rs-05-");
     let path = shared.path().join("probe");
-    assert!(Command::new("cp").arg(&probe).arg(&path).status().expect("cp runs").success());
-    use std::os::unix::fs::PermissionsExt;
-    use std::os::unix::process::CommandExt;
+    let copied = Command::new("cp").arg(sandbox.probe_path()).arg(&path).status();
+    assert!(copied.expect("cp runs").success(), "RS-05: the probe is copied");
     std::fs::set_permissions(shared.path(), std::fs::Permissions::from_mode(0o755)).expect("chmod");
-    let (mut taker, _out, _) = until_ready(Command::new(&path).args(["RS-05", "inotify", "4000"]).uid(65534));
-    let control = cases(Command::new(&path).args(["RS-05", "one-inotify"]).uid(65534));
+    let host = |arguments: &[&str]| {
+        let mut command = Command::new(&path);
+        command.arg("RS-05").args(arguments).uid(control_uid).gid(control_uid);
+        command
+    };
+    // All that there are: the control's pool may be larger than what one sandbox could hold.
+    let (mut taker, _out, _) = until_ready(&mut host(&[name, "19000"]));
+    let control = cases(&mut host(&[&one]));
     drop(taker.stdin.take());
     taker.wait().expect("it ends");
     assert_eq!(control[0].outcome, "open", "RS-05: the control's pool is empty: {control:?}");
 
     let mut command = sandbox.command();
-    let (mut taker, _out, ready) = until_ready(command.arg(&probe).args(["RS-05", "inotify", "4000"]));
+    let (mut taker, _out, ready) =
+        until_ready(command.arg(sandbox.probe_path()).args(["RS-05", name, count]));
     let others = Sandbox::new();
-    let (host, other) = (others.control("RS-05", &["one-inotify"]), others.probe("RS-05", &["one-inotify"]));
+    let (host, other) = (others.control("RS-05", &[&one]), others.probe("RS-05", &[&one]));
     drop(taker.stdin.take());
     taker.wait().expect("it ends");
-    assert_refused("RS-05", &control, &host, &[]);
-    assert_refused("RS-05", &control, &other, &[]);
+    assert_refused("RS-05: the host", &control, &host, &[]);
+    assert_refused("RS-05: another sandbox", &control, &other, &[]);
     assert!(!ready.contains("READY 0"), "RS-05: it took some: {ready}");
 }
 
-/// RS-06. Method: four processes spin at the best priority to be had, under half a processor. Oracle: the processor
-/// time that the kernel counts for them, at most a third above the quota; the control takes more than that.
+/// RS-06. Method: four processes spin at the best priority to be had, under a quarter of a processor. Oracle:
+/// the processor time that the kernel counts for them, at most a third above the quota; the control takes
+/// more than that.
 #[test]
 fn rs_06_processor_time_is_limited() {
-    let sandbox = Sandbox::new().option("--cpus").option("0.5");
-    let control = sandbox.control("RS-06", &["1000", "66"]);
-    let inside = sandbox.probe("RS-06", &["3000", "66"]);
+    let sandbox = Sandbox::new().option("--cpus").option("0.25");
+    let control = sandbox.control("RS-06", &["1000", "34"]);
+    let inside = sandbox.probe("RS-06", &["3000", "34"]);
     assert_refused("RS-06", &control, &inside, &[]);
     let ended = Sandbox::new().option("--timeout").option("1s").option("--cpus").option("0.5");
     let start = Instant::now();

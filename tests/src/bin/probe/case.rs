@@ -46,7 +46,9 @@ impl Reporter {
     pub fn syscall(&self, case: &str, result: i64) {
         let errno = if result < 0 { std::io::Error::last_os_error().raw_os_error().unwrap_or(0) } else { 0 };
         match errno {
-            libc::EPERM | libc::ENOSYS | libc::EACCES | libc::ENOENT | libc::EROFS => self.denied(case, errno, ""),
+            libc::EPERM | libc::ENOSYS | libc::EACCES | libc::ENOENT | libc::EROFS => {
+                self.denied(case, errno, "")
+            }
             _ => self.line(case, "open", errno, &format!("returned {result}")),
         }
     }

@@ -8,7 +8,7 @@ mod private;
 
 use std::fs::OpenOptions;
 use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
 use crate::case::{Reporter, Row};
 
@@ -36,7 +36,8 @@ pub const ROWS: &[Row] = &[
     Row { id: "FS-28", attempt: mounts::propagation },
 ];
 
-/// A raw system call. Pointers among the arguments are null, bad on purpose, or to memory that outlives the call.
+/// A raw system call. Pointers among the arguments are null, bad on purpose, or to memory that outlives the
+/// call.
 pub fn call(number: libc::c_long, arguments: &[usize]) -> i64 {
     let word = |index: usize| arguments.get(index).copied().unwrap_or(0);
     // SAFETY: see above; the kernel answers a bad pointer with EFAULT and never writes through a null one.
@@ -72,7 +73,8 @@ pub fn write_case(report: &Reporter, case: &str, path: &str) {
 
 /// Whether any of `tried` worked: each is a path with what came of it.
 pub fn any_case(report: &Reporter, case: &str, tried: Vec<(String, std::io::Result<()>)>) {
-    let worked: Vec<&str> = tried.iter().filter(|(_, result)| result.is_ok()).map(|(path, _)| path.as_str()).collect();
+    let worked: Vec<&str> =
+        tried.iter().filter(|(_, result)| result.is_ok()).map(|(path, _)| path.as_str()).collect();
     if worked.is_empty() {
         let last = tried.iter().rev().find_map(|(_, result)| result.as_ref().err()).map_or(0, code);
         report.denied(case, last, &format!("{} tried", tried.len()));
@@ -82,19 +84,29 @@ pub fn any_case(report: &Reporter, case: &str, tried: Vec<(String, std::io::Resu
     }
 }
 
-/// Opens `path` for writing and closes it.
+/// Opens `path` for writing and closes it. The null device in the place of a file is a cover and no way to
+/// it.
 pub fn open_for_writing(path: &str) -> std::io::Result<()> {
-    OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map(drop)
+    let mut options = OpenOptions::new();
+    let file = options.write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    match file.metadata()?.rdev() == libc::makedev(1, 3) {
+        true => Err(std::io::Error::from_raw_os_error(libc::EACCES)),
+        false => Ok(()),
+    }
 }
 
 /// The beginning of a file, or the first names in a directory.
 fn first_bytes(path: &str) -> std::io::Result<String> {
     if std::fs::metadata(path)?.is_dir() {
         let names = std::fs::read_dir(path)?.flatten().take(5);
-        return Ok(names.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>().join(" "));
+        return Ok(names
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect::<Vec<_>>()
+            .join(" "));
     }
     // Non-blocking: /proc/kmsg waits for the next record.
-    let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    let mut file =
+        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
     let mut bytes = [0_u8; 48];
     let count = file.read(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes[..count]).into_owned())

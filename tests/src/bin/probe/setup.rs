@@ -1,5 +1,5 @@
-//! The set-up rows: what reaches a program through the way it was started. Most of them are the host's side alone
-//! and live with their tests.
+//! The set-up rows: what reaches a program through the way it was started. Most of them are the host's side
+//! alone and live with their tests.
 
 use crate::case::{Reporter, Row};
 
@@ -14,7 +14,8 @@ fn environment(report: &Reporter, arguments: &[String]) {
             None => report.denied(name, 0, ""),
         }
     }
-    // Every process that can be looked at: a helper that still has the caller's environment gives it away as well.
+    // Every process that can be looked at: a helper that still has the caller's environment gives it away as
+    // well.
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let found: Vec<String> = processes
         .filter_map(|process| {

@@ -12,8 +12,8 @@ use crate::case::Reporter;
 /// Where `hold` puts what it opens: low numbers, and some that a loop up to 1024 would miss.
 const NUMBERS: [i32; 20] = [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 500, 1500];
 
-/// FS-03 `PID MILLISECONDS`: keeps the program of `PID` by an `O_PATH` descriptor and opens it again for writing
-/// until that works; then does the same to its own program after it has become another.
+/// FS-03 `PID MILLISECONDS`: keeps the program of `PID` by an `O_PATH` descriptor and opens it again for
+/// writing until that works; then does the same to its own program after it has become another.
 pub fn runtime_binary(report: &Reporter, arguments: &[String]) {
     if arguments[0] == "wait" {
         // The control's victim: a runtime that ends in a moment.
@@ -28,14 +28,18 @@ pub fn runtime_binary(report: &Reporter, arguments: &[String]) {
                 // O_TRUNC would be the attack's own; the binary is not ours to destroy when it works.
                 match super::open_for_writing(&format!("/proc/self/fd/{fd}")) {
                     Ok(()) => break report.open("runtime", &link),
-                    Err(error) if Instant::now() > deadline => break report.denied("runtime", code(&error), &link),
+                    Err(error) if Instant::now() > deadline => {
+                        break report.denied("runtime", code(&error), &link);
+                    }
                     Err(_) => std::thread::sleep(Duration::from_millis(5)),
                 }
             }
         }
     }
     let fd = path_descriptor("/proc/self/exe").expect("the own program can be looked at");
-    let line = |outcome| format!(r#"{{"id":"FS-03","case":"own program","outcome":"{outcome}","errno":0,"detail":""}}"#);
+    let line = |outcome| {
+        format!(r#"{{"id":"FS-03","case":"own program","outcome":"{outcome}","errno":0,"detail":""}}"#)
+    };
     let script = format!(
         "if (: >> /proc/self/fd/{fd}) 2>/dev/null; then echo '{}'; else echo '{}'; fi",
         line("open"),
@@ -55,8 +59,9 @@ fn path_descriptor(path: &str) -> std::io::Result<i32> {
     }
 }
 
-/// FS-18 `list`: descriptors beyond the three standard ones. `hold DIRECTORY FILE -- COMMAND...`: becomes a command that inherits
-/// directories, files, sockets and event descriptors of ours, none of them close-on-exec.
+/// FS-18 `list`: descriptors beyond the three standard ones. `hold DIRECTORY FILE -- COMMAND...`: becomes a
+/// command that inherits directories, files, sockets and event descriptors of ours, none of them
+/// close-on-exec.
 pub fn inherited(report: &Reporter, arguments: &[String]) {
     if arguments[0] == "hold" {
         hold(&arguments[1], &arguments[2]);
@@ -90,7 +95,8 @@ fn hold(directory: &str, file: &str) {
         event,
     ];
     // Out of the way of the numbers to fill, before any of those is filled.
-    let moved = sources.map(|source| call(libc::SYS_fcntl, &[source as usize, libc::F_DUPFD_CLOEXEC as usize, 2000]));
+    let moved =
+        sources.map(|source| call(libc::SYS_fcntl, &[source as usize, libc::F_DUPFD_CLOEXEC as usize, 2000]));
     for (index, number) in NUMBERS.into_iter().enumerate() {
         let result = call(libc::SYS_dup2, &[moved[index % moved.len()] as usize, number as usize]);
         assert_eq!(result, i64::from(number), "dup2: {}", std::io::Error::last_os_error());

@@ -73,13 +73,22 @@ pub fn proc_readable(report: &Reporter, _: &[String]) {
 
 /// FS-07 `DEPTH`: reads and opens for writing below /sys, no deeper than `DEPTH`.
 pub fn sys(report: &Reporter, arguments: &[String]) {
-    for name in ["kernel/vmcoreinfo", "firmware/acpi/tables", "class/dmi/id", "kernel/debug", "kernel/tracing"] {
+    for name in
+        ["kernel/vmcoreinfo", "firmware/acpi/tables", "class/dmi/id", "kernel/debug", "kernel/tracing"]
+    {
         read_case(report, name, &format!("/sys/{name}"));
     }
-    for name in ["kernel/security", "kernel/uevent_seqnum", "fs/cgroup", "fs/cgroup/memory/memory.limit_in_bytes"] {
+    for name in
+        ["kernel/security", "kernel/uevent_seqnum", "fs/cgroup", "fs/cgroup/memory/memory.limit_in_bytes"]
+    {
         read_case(report, name, &format!("/sys/{name}"));
     }
-    for name in ["power/state", "kernel/profiling", "fs/cgroup/memory/release_agent", "fs/cgroup/devices/cgroup.procs"] {
+    for name in [
+        "power/state",
+        "kernel/profiling",
+        "fs/cgroup/memory/release_agent",
+        "fs/cgroup/devices/cgroup.procs",
+    ] {
         write_case(report, &format!("write {name}"), &format!("/sys/{name}"));
     }
     let depth = arguments[0].parse().expect("a number");
@@ -91,7 +100,8 @@ pub fn sys(report: &Reporter, arguments: &[String]) {
 /// FS-14: the names in /dev that a program needs are few; anything else is the host's.
 pub fn devices(report: &Reporter, _: &[String]) {
     let expected = [
-        "null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm", "fd", "stdin", "stdout", "stderr",
+        "null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm", "fd", "stdin", "stdout",
+        "stderr",
     ];
     let names = std::fs::read_dir("/dev").into_iter().flatten().flatten();
     let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());

@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::io::{BufRead, Read};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use super::{call, code, errno, read_case};
@@ -57,7 +58,9 @@ pub fn unmask(report: &Reporter, arguments: &[String]) {
         .collect();
     points.extend(["/proc/keys", "/proc/sys", "/usr", "/"].map(|path| CString::new(path).expect("no NUL")));
     points.reverse();
-    for (case, flags) in [("umount", 0), ("MNT_DETACH", libc::MNT_DETACH), ("UMOUNT_NOFOLLOW", libc::UMOUNT_NOFOLLOW)] {
+    for (case, flags) in
+        [("umount", 0), ("MNT_DETACH", libc::MNT_DETACH), ("UMOUNT_NOFOLLOW", libc::UMOUNT_NOFOLLOW)]
+    {
         let mut worst = None;
         for point in &points {
             let result = call(libc::SYS_umount2, &[point.as_ptr() as usize, flags as usize]);
@@ -67,7 +70,9 @@ pub fn unmask(report: &Reporter, arguments: &[String]) {
             }
         }
         match worst {
-            Some((errno @ (libc::EPERM | libc::ENOSYS), _)) => report.denied(case, errno, &format!("{} tried", points.len())),
+            Some((errno @ (libc::EPERM | libc::ENOSYS), _)) => {
+                report.denied(case, errno, &format!("{} tried", points.len()))
+            }
             Some((errno, point)) => report.open(case, &format!("{point}: errno {errno}")),
             None => report.open(case, "no mount point was tried"),
         }
@@ -79,7 +84,8 @@ pub fn unmask(report: &Reporter, arguments: &[String]) {
     };
     said("write below .git/hooks", std::fs::write(at(".git/hooks/post-checkout"), "attack"));
     said("write .git/config", std::fs::OpenOptions::new().append(true).open(at(".git/config")).map(drop));
-    let replaced = std::fs::write(at("new"), "attack").and_then(|()| std::fs::rename(at("new"), at(".git/config")));
+    let replaced =
+        std::fs::write(at("new"), "attack").and_then(|()| std::fs::rename(at("new"), at(".git/config")));
     said("replace .git/config", replaced);
     // And back: the next attempts find it in its place where this one worked.
     let renamed = std::fs::rename(at(".git/config"), at("moved-config"));
@@ -120,8 +126,8 @@ pub fn surface(report: &Reporter, _: &[String]) {
     }
 }
 
-/// FS-13 `DISK LABEL=DIRECTORY...`: makes device nodes in each directory; opens the one that the host planted in
-/// the first.
+/// FS-13 `DISK LABEL=DIRECTORY...`: makes device nodes in each directory; opens the one that the host planted
+/// in the first.
 pub fn device_nodes(report: &Reporter, arguments: &[String]) {
     let disk: u64 = arguments[0].parse().expect("a device number");
     let nodes = [
@@ -151,22 +157,81 @@ pub fn device_nodes(report: &Reporter, arguments: &[String]) {
     }
 }
 
-/// FS-15 `CASE`: run from a file with set-user-id or file capabilities: says whether it raised us.
+/// FS-15 `CASE`: run from a file with set-user-id or file capabilities: says whether it raised us. `make
+/// DIRECTORY`: leaves such files behind, for whoever runs them outside.
 pub fn raised(report: &Reporter, arguments: &[String]) {
+    if arguments[0] == "make" {
+        return leave_raising_files(report, &arguments[1]);
+    }
     // SAFETY: these calls take nothing and cannot fail.
-    let (real, effective, group, effective_group) = unsafe { (libc::getuid(), libc::geteuid(), libc::getgid(), libc::getegid()) };
+    let (real, effective, group, effective_group) =
+        unsafe { (libc::getuid(), libc::geteuid(), libc::getgid(), libc::getegid()) };
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("?").trim().to_owned();
+    let field =
+        |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("?").trim().to_owned();
     let detail = format!("uid {real}/{effective} gid {group}/{effective_group} CapEff {}", field("CapEff:"));
-    let raised = real != effective || group != effective_group || effective == 0 || field("CapEff:") != "0000000000000000";
+    let raised = real != effective
+        || group != effective_group
+        || effective == 0
+        || field("CapEff:") != "0000000000000000";
     match raised {
         true => report.open(&arguments[0], &detail),
         false => report.denied(&arguments[0], 0, &detail),
     }
 }
 
-/// FS-24 `DIRECTORY FILE`: a file by its handle on the mount of `DIRECTORY`, and the file system's root by a forged
-/// one.
+fn leave_raising_files(report: &Reporter, directory: &str) {
+    let here = libc::AT_FDCWD as usize;
+    let text = |name: &str| CString::new(format!("{directory}/{name}")).expect("no NUL in arguments");
+    let create = (libc::O_CREAT | libc::O_WRONLY | libc::O_EXCL) as usize;
+    let tried = |case: &str, result: i64| match result {
+        ..0 => report.denied(case, errno(), ""),
+        _ => report.open(case, ""),
+    };
+    for (kind, bits) in [("suid", 0o4755), ("sgid", 0o2755)] {
+        // One that is there, to change; all others are to be made with the bits on.
+        std::fs::write(format!("{directory}/{kind}"), "#!/bin/sh\n")
+            .expect("files can be made in the directory");
+        let (path, file) =
+            (text(kind), std::fs::File::open(format!("{directory}/{kind}")).expect("it opens"));
+        let (old, fd) = (path.as_ptr() as usize, file.as_raw_fd() as usize);
+        tried(&format!("{kind} chmod"), call(libc::SYS_chmod, &[old, bits]));
+        tried(&format!("{kind} fchmodat"), call(libc::SYS_fchmodat, &[here, old, bits]));
+        tried(&format!("{kind} fchmodat2"), call(452, &[here, old, bits, 0]));
+        tried(&format!("{kind} fchmod"), call(libc::SYS_fchmod, &[fd, bits]));
+        let new = |way: &str| text(&format!("{kind}-{way}"));
+        tried(&format!("{kind} open"), call(libc::SYS_open, &[new("open").as_ptr() as usize, create, bits]));
+        tried(&format!("{kind} creat"), call(libc::SYS_creat, &[new("creat").as_ptr() as usize, bits]));
+        tried(
+            &format!("{kind} openat"),
+            call(libc::SYS_openat, &[here, new("openat").as_ptr() as usize, create, bits]),
+        );
+        let how = [create as u64, bits as u64, 0];
+        let path = new("openat2");
+        let words = [here, path.as_ptr() as usize, how.as_ptr() as usize, 24];
+        tried(&format!("{kind} openat2"), call(libc::SYS_openat2, &words));
+        let mode = libc::S_IFREG as usize | bits;
+        tried(&format!("{kind} mknod"), call(libc::SYS_mknod, &[new("mknod").as_ptr() as usize, mode, 0]));
+        tried(
+            &format!("{kind} mknodat"),
+            call(libc::SYS_mknodat, &[here, new("mknodat").as_ptr() as usize, mode, 0]),
+        );
+        let unnamed = (libc::O_TMPFILE | libc::O_WRONLY) as usize;
+        tried(
+            &format!("{kind} O_TMPFILE"),
+            call(libc::SYS_openat, &[here, text("").as_ptr() as usize, unnamed, bits]),
+        );
+    }
+    let (file, name) = (text("suid"), c"security.capability");
+    let words = [file.as_ptr() as usize, name.as_ptr() as usize, FILE_CAPABILITIES.as_ptr() as usize, 20, 0];
+    tried("security.capability", call(libc::SYS_setxattr, &words));
+}
+
+/// `vfs_cap_data`, revision 2 with the effective bit, CAP_CHOWN.
+const FILE_CAPABILITIES: [u32; 5] = [0x0200_0001, 1, 0, 0, 0];
+
+/// FS-24 `DIRECTORY FILE`: a file by its handle on the mount of `DIRECTORY`, and the file system's root by a
+/// forged one.
 pub fn handles(report: &Reporter, arguments: &[String]) {
     let directory = CString::new(arguments[0].as_str()).expect("no NUL in arguments");
     let file = CString::new(arguments[1].as_str()).expect("no NUL in arguments");
@@ -178,11 +243,13 @@ pub fn handles(report: &Reporter, arguments: &[String]) {
     let words = [here, file.as_ptr() as usize, handle.as_mut_ptr() as usize, (&raw mut mount) as usize, 0];
     outcome(report, "name_to_handle_at", call(libc::SYS_name_to_handle_at, &words));
     let fd = call(libc::SYS_openat, &[here, directory.as_ptr() as usize, libc::O_RDONLY as usize, 0]);
-    let opened = call(libc::SYS_open_by_handle_at, &[fd as usize, handle.as_ptr() as usize, libc::O_RDONLY as usize]);
+    let opened =
+        call(libc::SYS_open_by_handle_at, &[fd as usize, handle.as_ptr() as usize, libc::O_RDONLY as usize]);
     outcome(report, "open_by_handle_at", opened);
     // FILEID_INO32_GEN, eight bytes: inode 2 is the root of every ext4, generation 0.
     let forged: [u32; 4] = [8, 1, 2, 0];
-    let opened = call(libc::SYS_open_by_handle_at, &[fd as usize, forged.as_ptr() as usize, libc::O_RDONLY as usize]);
+    let opened =
+        call(libc::SYS_open_by_handle_at, &[fd as usize, forged.as_ptr() as usize, libc::O_RDONLY as usize]);
     outcome(report, "forged handle of inode 2", opened);
 }
 

@@ -18,7 +18,8 @@ pub fn secrets(report: &Reporter, arguments: &[String]) {
     }
 }
 
-/// FS-02 `CANARY PID...|all`: the links of processes that run in other roots. The first process is looked at closely.
+/// FS-02 `CANARY PID...|all`: the links of processes that run in other roots. The first process is looked at
+/// closely.
 pub fn process_links(report: &Reporter, arguments: &[String]) {
     let canary = &arguments[0];
     let pids = if arguments[1] == "all" { visible_processes() } else { arguments[1..].to_vec() };
@@ -56,8 +57,8 @@ pub fn visible_processes() -> Vec<String> {
     pids.iter().map(u32::to_string).collect()
 }
 
-/// FS-08 `DIRECTORY TARGET`: links in a writable directory that point at a host file, read and written through.
-/// `DIRECTORY/planted-*` were made by the host.
+/// FS-08 `DIRECTORY TARGET`: links in a writable directory that point at a host file, read and written
+/// through. `DIRECTORY/planted-*` were made by the host.
 pub fn symlinks(report: &Reporter, arguments: &[String]) {
     let (directory, target) = (Path::new(&arguments[0]), &arguments[1]);
     let texts = [
@@ -99,8 +100,8 @@ fn chain(directory: &Path, target: &str) -> PathBuf {
     next
 }
 
-/// FS-09 `ROOT NAME`: creates and removes a file `NAME` in every directory below `ROOT`. Each place that let it,
-/// and whose parent did not, is an open case of its own.
+/// FS-09 `ROOT NAME`: creates and removes a file `NAME` in every directory below `ROOT`. Each place that let
+/// it, and whose parent did not, is an open case of its own.
 pub fn writable_directories(report: &Reporter, arguments: &[String]) {
     let mut waiting = vec![(PathBuf::from(&arguments[0]), false)];
     let (mut seen, mut open) = (0_usize, 0_usize);
@@ -118,7 +119,8 @@ pub fn writable_directories(report: &Reporter, arguments: &[String]) {
         let entries = std::fs::read_dir(&directory).into_iter().flatten().flatten();
         for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
             let name = entry.file_name();
-            let process = directory == Path::new("/proc") && name.to_string_lossy().starts_with(|c: char| c.is_ascii_digit());
+            let process = directory == Path::new("/proc")
+                && name.to_string_lossy().starts_with(|c: char| c.is_ascii_digit());
             if !process {
                 waiting.push((entry.path(), made || below));
             }

@@ -8,8 +8,8 @@ use crate::case::Reporter;
 
 const PLACES: [&str; 4] = ["/tmp", "/dev/shm", "/var/tmp", "/run"];
 
-/// FS-23 `make|see|clean TOKEN KEY`. `make` puts a file in every place and an object in every table, says `READY`,
-/// and waits for the end of standard input. `see` looks for what another one made.
+/// FS-23 `make|see|clean TOKEN KEY`. `make` puts a file in every place and an object in every table, says
+/// `READY`, and waits for the end of standard input. `see` looks for what another one made.
 pub fn places(report: &Reporter, arguments: &[String]) {
     let (token, key) = (&arguments[1], arguments[2].parse::<usize>().expect("a key"));
     match arguments[0].as_str() {

@@ -32,7 +32,8 @@ pub fn tracing(reporter: &Reporter, _: &[String]) {
     for command in 0..40 {
         let case = format!("bpf {command}");
         // A size of 8 and no address: the kernel gets to copy it, and fails there.
-        reporter.in_child(&case, |reporter| reporter.syscall(&case, call(libc::SYS_bpf, &[command, NOWHERE, 8])));
+        reporter
+            .in_child(&case, |reporter| reporter.syscall(&case, call(libc::SYS_bpf, &[command, NOWHERE, 8])));
     }
     each(
         reporter,

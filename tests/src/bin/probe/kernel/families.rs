@@ -10,10 +10,15 @@ const TYPES: [(&str, i32); 4] = [
     ("seqpacket", libc::SOCK_SEQPACKET),
 ];
 
-/// What the policy promises to leave open: INET and INET6 with streams and datagrams, UNIX pairs.
+/// What the policy leaves open: INET and INET6 with streams and datagrams, connected UNIX pairs. Datagram pairs are
+/// judged by what they reach (NW-10).
 fn promised(family: i64, kind: i32, pair: bool) -> bool {
     let ordinary = kind == libc::SOCK_STREAM || kind == libc::SOCK_DGRAM;
-    if pair { family == i64::from(libc::AF_UNIX) } else { [2, 10].contains(&family) && ordinary }
+    if pair {
+        family == i64::from(libc::AF_UNIX) && kind != libc::SOCK_RAW
+    } else {
+        [2, 10].contains(&family) && ordinary
+    }
 }
 
 /// Tries everything that the policy does not promise. AF_VSOCK is only created, never connected.
@@ -33,7 +38,13 @@ pub fn sweep(reporter: &Reporter, _: &[String]) {
         }
     }
     for protocol in 0..32 {
-        socket(reporter, &format!("netlink {protocol}"), i64::from(libc::AF_NETLINK), libc::SOCK_RAW, protocol);
+        socket(
+            reporter,
+            &format!("netlink {protocol}"),
+            i64::from(libc::AF_NETLINK),
+            libc::SOCK_RAW,
+            protocol,
+        );
     }
     // Protocols that turn a promised family and type into something else: ICMP, SCTP, UDP-Lite, MPTCP, DCCP.
     for family in [2, 10] {

@@ -59,7 +59,8 @@ fn filters(pid: i64) -> Vec<Vec<Instruction>> {
     call(libc::SYS_wait4, &[pid, 0, i64::from(libc::__WALL), 0]);
     loop {
         let mut program = [Instruction::default(); 4096];
-        let length = call(libc::SYS_ptrace, &[GET_FILTER, pid, found.len() as i64, address_mut(&mut program)]);
+        let length =
+            call(libc::SYS_ptrace, &[GET_FILTER, pid, found.len() as i64, address_mut(&mut program)]);
         match usize::try_from(length) {
             Ok(length) => found.push(program[..length].to_vec()),
             Err(_) => break,

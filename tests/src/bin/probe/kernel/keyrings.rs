@@ -47,7 +47,9 @@ pub fn plant(reporter: &Reporter, arguments: &[String]) {
 
 /// KS-03 `SESSION-KEY USER-KEY`: every way to the host's keys.
 pub fn read(reporter: &Reporter, arguments: &[String]) {
-    for (case, ring) in [("id of session", SESSION), ("id of user", USER), ("id of user session", USER_SESSION)] {
+    for (case, ring) in
+        [("id of session", SESSION), ("id of user", USER), ("id of user session", USER_SESSION)]
+    {
         reporter.syscall(case, call(libc::SYS_keyctl, &[GET_KEYRING_ID, ring, 0]));
     }
     let user = address(c"user");

@@ -7,8 +7,11 @@ use std::path::{Path, PathBuf};
 use crate::case::Reporter;
 use crate::kernel::raw::{self, call};
 
-const NESTED: i64 =
-    (libc::CLONE_NEWUSER | libc::CLONE_NEWNS | libc::CLONE_NEWCGROUP | libc::CLONE_NEWNET | libc::CLONE_NEWIPC) as i64;
+const NESTED: i64 = (libc::CLONE_NEWUSER
+    | libc::CLONE_NEWNS
+    | libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWNET
+    | libc::CLONE_NEWIPC) as i64;
 
 /// KS-16.
 pub fn cgroups(reporter: &Reporter, _: &[String]) {
@@ -96,7 +99,8 @@ impl Target {
 
     fn mount(&self, kind: &CStr, options: &CStr) -> i64 {
         let source = c"none".as_ptr() as i64;
-        let (target, kind, options) = (self.name.as_ptr() as i64, kind.as_ptr() as i64, options.as_ptr() as i64);
+        let (target, kind, options) =
+            (self.name.as_ptr() as i64, kind.as_ptr() as i64, options.as_ptr() as i64);
         call(libc::SYS_mount, &[source, target, kind, 0, options])
     }
 }

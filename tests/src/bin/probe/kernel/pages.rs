@@ -9,6 +9,9 @@ use std::os::unix::fs::FileExt;
 use crate::case::Reporter;
 use crate::kernel::raw::{self, address_mut, call};
 
+/// One way to write to a file that is open for reading.
+type Attempt = fn(&File) -> std::io::Result<()>;
+
 /// KS-11 `FILE`: opens it for writing, then tries the ways of Dirty Pipe and its relatives. A way is `open` when the
 /// file reads differently afterwards; whether it does, the host judges by its own reading too.
 pub fn rewrite(reporter: &Reporter, arguments: &[String]) {
@@ -22,8 +25,12 @@ pub fn rewrite(reporter: &Reporter, arguments: &[String]) {
     reporter.syscall("reopen for writing", again);
     raw::close(again);
 
-    let attempts: [(&str, fn(&File) -> std::io::Result<()>); 4] =
-        [("splice then write", dirty_pipe), ("tee then write", tee), ("sendfile", sendfile), ("vmsplice", vmsplice)];
+    let attempts: [(&str, Attempt); 4] = [
+        ("splice then write", dirty_pipe),
+        ("tee then write", tee),
+        ("sendfile", sendfile),
+        ("vmsplice", vmsplice),
+    ];
     for (case, attempt) in attempts {
         let before = content(&file);
         let ended = attempt(&file);

@@ -56,7 +56,8 @@ pub fn close(descriptor: i64) {
 /// Like [`Reporter::syscall`], for calls whose refusal has errnos of its own (`ESRCH` for a foreign process).
 pub fn judge(reporter: &Reporter, case: &str, result: i64, refusals: &[i32]) {
     let errno = if result < 0 { errno() } else { 0 };
-    if result < 0 && (refusals.contains(&errno) || [libc::EPERM, libc::ENOSYS, libc::EACCES].contains(&errno)) {
+    if result < 0 && (refusals.contains(&errno) || [libc::EPERM, libc::ENOSYS, libc::EACCES].contains(&errno))
+    {
         reporter.denied(case, errno, "");
     } else {
         reporter.open(case, &format!("returned {result}, errno {errno}"));
@@ -122,7 +123,9 @@ pub fn survives(reporter: &Reporter, case: &str, attempt: impl FnOnce() -> i32) 
 
 /// The numbers of the processes that `/proc` shows.
 pub fn visible_processes() -> Vec<i32> {
-    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
     entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 

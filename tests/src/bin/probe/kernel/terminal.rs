@@ -31,7 +31,6 @@ pub fn inject(reporter: &Reporter, arguments: &[String]) {
         ("TIOCLINUX high bits", 0x541c | HIGH_BITS),
         ("TIOCSETD", 0x5423),
         ("TIOCCONS", 0x541d),
-        ("TIOCSCTTY", 0x540e),
         ("TIOCVHANGUP", 0x5437),
         ("KDSETLED", 0x4b32),
         ("KDSKBENT", 0x4b47),
@@ -40,6 +39,8 @@ pub fn inject(reporter: &Reporter, arguments: &[String]) {
     ] {
         reporter.syscall(case, call(libc::SYS_ioctl, &[-1, command, NOWHERE]));
     }
+    // With 1 a terminal is taken from the session that has it.
+    reporter.syscall("TIOCSCTTY force", call(libc::SYS_ioctl, &[-1, 0x540e, 1]));
 }
 
 fn type_into(reporter: &Reporter, name: &str, descriptor: i64, token: &[u8]) {

@@ -43,7 +43,9 @@ pub fn metadata(reporter: &Reporter, arguments: &[String]) {
 pub fn told(reporter: &Reporter, case: &str, answer: std::io::Result<String>) {
     match answer {
         Ok(answer) => reporter.open(case, &answer),
-        Err(error) if error.kind() == ErrorKind::TimedOut => reporter.denied(case, libc::ETIMEDOUT, "no answer"),
+        Err(error) if error.kind() == ErrorKind::TimedOut => {
+            reporter.denied(case, libc::ETIMEDOUT, "no answer")
+        }
         Err(error) => reporter.denied(case, error.raw_os_error().unwrap_or(0), &error.to_string()),
     }
 }

@@ -15,14 +15,34 @@ pub fn list(reporter: &Reporter, arguments: &[String]) {
     found(reporter, "/proc/net/route", read("route").lines().nth(1).map(str::to_owned));
     found(reporter, "/proc/net/arp", read("arp").lines().nth(1).map(str::to_owned));
     let routes = read("ipv6_route");
-    found(reporter, "/proc/net/ipv6_route", routes.lines().find_map(|line| other(line.split_whitespace().last()?)));
+    found(
+        reporter,
+        "/proc/net/ipv6_route",
+        routes.lines().find_map(|line| other(line.split_whitespace().last()?)),
+    );
     let addresses = read("if_inet6");
-    found(reporter, "/proc/net/if_inet6", addresses.lines().find_map(|line| other(line.split_whitespace().last()?)));
+    found(
+        reporter,
+        "/proc/net/if_inet6",
+        addresses.lines().find_map(|line| other(line.split_whitespace().last()?)),
+    );
     let listener = format!(":{port:04X} ");
-    found(reporter, "/proc/net/tcp", read("tcp").lines().find(|line| line.contains(&listener)).map(str::to_owned));
-    found(reporter, "/proc/net/unix", read("unix").lines().find(|line| line.contains(&arguments[1])).map(str::to_owned));
+    found(
+        reporter,
+        "/proc/net/tcp",
+        read("tcp").lines().find(|line| line.contains(&listener)).map(str::to_owned),
+    );
+    found(
+        reporter,
+        "/proc/net/unix",
+        read("unix").lines().find(|line| line.contains(&arguments[1])).map(str::to_owned),
+    );
     let class = std::fs::read_dir("/sys/class/net").into_iter().flatten().flatten();
-    found(reporter, "/sys/class/net", class.map(|entry| entry.file_name()).find_map(|name| other(name.to_str()?)));
+    found(
+        reporter,
+        "/sys/class/net",
+        class.map(|entry| entry.file_name()).find_map(|name| other(name.to_str()?)),
+    );
 
     let socket = call(libc::SYS_socket, &[i64::from(libc::AF_INET), i64::from(libc::SOCK_DGRAM), 0]);
     let by_index = (1..64_u32).find_map(|index| {

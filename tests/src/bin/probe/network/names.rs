@@ -28,14 +28,17 @@ pub fn resolve(reporter: &Reporter, arguments: &[String]) {
         addresses::told(reporter, &format!("udp {resolver}"), addresses::udp(target, &question));
         addresses::told(reporter, &format!("tcp {resolver}"), tcp(target, &question));
     }
-    let resolved = (name.as_str(), 80).to_socket_addrs().map(|found| found.map(|address| address.to_string()).collect());
+    let resolved =
+        (name.as_str(), 80).to_socket_addrs().map(|found| found.map(|address| address.to_string()).collect());
     addresses::told(reporter, "getaddrinfo", resolved);
     // Multicast has no answer to wait for on our side: whether it came, the host knows. A send that works is open.
     let mdns = UdpSocket::bind("0.0.0.0:0").and_then(|socket| socket.send_to(&question, "224.0.0.251:5353"));
     addresses::told(reporter, "mdns", mdns.map(|length| format!("{length} bytes sent")));
-    for (case, path) in
-        [("nscd", "/run/nscd/socket"), ("resolved", "/run/systemd/resolve/io.systemd.Resolve"), ("dbus", "/run/dbus/system_bus_socket")]
-    {
+    for (case, path) in [
+        ("nscd", "/run/nscd/socket"),
+        ("resolved", "/run/systemd/resolve/io.systemd.Resolve"),
+        ("dbus", "/run/dbus/system_bus_socket"),
+    ] {
         let socket = rendezvous::connect(libc::SOCK_STREAM, path.as_bytes());
         raw::judge(reporter, case, socket, &[libc::ENOENT, libc::ECONNREFUSED]);
         raw::close(socket);

@@ -39,8 +39,11 @@ fn option(reporter: &Reporter, case: &str, kind: i32, (level, name): (i64, i64),
     let protocol = if kind == libc::SOCK_RAW { 1 } else { 0 };
     let socket = call(libc::SYS_socket, &[INET, i64::from(kind), protocol]);
     let length = value.len() as i64;
-    let set =
-        if socket < 0 { socket } else { call(libc::SYS_setsockopt, &[socket, level, name, address(value), length]) };
+    let set = if socket < 0 {
+        socket
+    } else {
+        call(libc::SYS_setsockopt, &[socket, level, name, address(value), length])
+    };
     // ENODEV: the interface named is not there.
     raw::judge(reporter, case, set, &[libc::ENODEV]);
     raw::close(socket);

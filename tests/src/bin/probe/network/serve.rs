@@ -48,7 +48,10 @@ fn http(name: String, listener: TcpListener) {
     std::thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
             note(&name);
-            stream.read(&mut [0; 512]).ok();
+            let mut request = [0_u8; 512];
+            let Ok(_) = stream.read(&mut request) else {
+                continue;
+            };
             stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").ok();
         }
     });
@@ -95,7 +98,9 @@ fn dns_streams(name: String, listener: TcpListener) {
 }
 
 fn multicast(socket: UdpSocket) {
-    socket.join_multicast_v4(&Ipv4Addr::new(224, 0, 0, 251), &Ipv4Addr::LOCALHOST).expect("multicast on loopback");
+    socket
+        .join_multicast_v4(&Ipv4Addr::new(224, 0, 0, 251), &Ipv4Addr::LOCALHOST)
+        .expect("multicast on loopback");
     std::thread::spawn(move || {
         while socket.recv(&mut [0; 512]).is_ok() {
             note("mdns");

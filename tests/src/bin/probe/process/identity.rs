@@ -51,7 +51,9 @@ pub fn capabilities(reporter: &Reporter, _: &[String]) {
 pub fn statuses() -> Vec<(String, String)> {
     let mut found = Vec::new();
     for process in raw::visible_processes() {
-        let Ok(tasks) = std::fs::read_dir(format!("/proc/{process}/task")) else { continue };
+        let Ok(tasks) = std::fs::read_dir(format!("/proc/{process}/task")) else {
+            continue;
+        };
         for task in tasks.flatten() {
             let path = task.path().join("status");
             if let Ok(status) = std::fs::read_to_string(&path) {

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use crate::case::Reporter;
 use crate::kernel::raw::{self, address, call};
 
-/// PR-10: leaves two daemons and `COUNT` stopped grandchildren behind and exits. The second argument is a token,
-/// by which the host finds them: they all inherit our command line.
+/// PR-10: leaves two daemons and `COUNT` stopped grandchildren behind and exits. The second argument is a token, by
+/// which the host finds them: they all inherit our command line.
 pub fn linger(reporter: &Reporter, arguments: &[String]) {
     let count: usize = arguments[0].parse().expect("how many");
     for keep_output in [true, false] {
@@ -21,7 +21,11 @@ pub fn linger(reporter: &Reporter, arguments: &[String]) {
         i32::from(made != count)
     });
     let end = raw::wait(parent.expect("a child"));
-    raw::found(reporter, "left running", (end == raw::End::Exited(0)).then(|| format!("{count} stopped, 2 daemons")));
+    raw::found(
+        reporter,
+        "left running",
+        (end == raw::End::Exited(0)).then(|| format!("{count} stopped, 2 daemons")),
+    );
 }
 
 fn daemon(keep_output: bool) -> i32 {
@@ -44,7 +48,8 @@ fn stopped() -> i32 {
     0
 }
 
-/// PR-11: `COUNT` children that nobody here waits for; they become init's. The control has an init that never waits.
+/// PR-11: `COUNT` children that nobody here waits for; they become init's. The control's init
+/// never waits.
 pub fn orphans(reporter: &Reporter, arguments: &[String]) {
     let count: usize = arguments[0].parse().expect("how many");
     let batch = 50;
@@ -53,7 +58,9 @@ pub fn orphans(reporter: &Reporter, arguments: &[String]) {
             let made = (0..batch).filter_map(|_| patient_spawn(|| 0)).count();
             i32::from(made != batch)
         });
-        let Some(parent) = parent else { return reporter.open("orphans", "fork keeps failing") };
+        let Some(parent) = parent else {
+            return reporter.open("orphans", "fork keeps failing");
+        };
         if raw::wait(parent) != raw::End::Exited(0) {
             return reporter.open("orphans", "fork keeps failing in the child");
         }

@@ -97,13 +97,22 @@ pub fn enter(reporter: &Reporter, _: &[String]) {
             });
         }
     }
-    let all = KINDS.iter().filter(|(name, _)| *name != "user" && *name != "time").fold(0, |mask, (_, flag)| mask | flag);
+    let all = KINDS
+        .iter()
+        .filter(|(name, _)| *name != "user" && *name != "time")
+        .fold(0, |mask, (_, flag)| mask | flag);
     reporter.in_child("setns pidfd of init", |reporter| {
         let init = call(libc::SYS_pidfd_open, &[1, 0]);
         let entered = if init < 0 { init } else { call(libc::SYS_setns, &[init, all]) };
         reporter.syscall("setns pidfd of init", entered);
     });
     reporter.syscall("setns bad descriptor", call(libc::SYS_setns, &[-1, 0]));
+    // Other ways to a namespace's descriptor, tried on a bad one: its owner's, its parent's, a process's.
+    for (case, command) in
+        [("NS_GET_USERNS", 0xb701), ("NS_GET_PARENT", 0xb702), ("PIDFD_GET_NET_NAMESPACE", 0xff04)]
+    {
+        reporter.syscall(case, call(libc::SYS_ioctl, &[-1, command, 0]));
+    }
 }
 
 /// PR-12. Its control runs in a pid namespace of its own, where a chosen number harms nobody.

@@ -20,10 +20,17 @@ pub fn raise(reporter: &Reporter, arguments: &[String]) {
     });
     reporter.in_child("nice", |reporter| reporter.syscall("nice", call(libc::SYS_setpriority, &[0, 0, -20])));
     // IOPRIO_WHO_PROCESS, and IOPRIO_CLASS_RT at level 0.
-    reporter.in_child("ioprio", |reporter| reporter.syscall("ioprio", call(libc::SYS_ioprio_set, &[1, 0, 1 << 13])));
+    reporter.in_child("ioprio", |reporter| {
+        reporter.syscall("ioprio", call(libc::SYS_ioprio_set, &[1, 0, 1 << 13]))
+    });
 
     let mask = [3_u64];
-    judge(reporter, "host affinity", call(libc::SYS_sched_setaffinity, &[host, 8, address(&mask)]), &[libc::ESRCH]);
+    judge(
+        reporter,
+        "host affinity",
+        call(libc::SYS_sched_setaffinity, &[host, 8, address(&mask)]),
+        &[libc::ESRCH],
+    );
     judge(reporter, "host nice", call(libc::SYS_setpriority, &[0, host, 0]), &[libc::ESRCH]);
 
     reporter.in_child("oom_score_adj", |reporter| {

@@ -24,7 +24,12 @@ pub fn foreign(reporter: &Reporter, arguments: &[String]) {
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     info.si_code = libc::SI_QUEUE;
     judge(reporter, "rt_sigqueueinfo", call(libc::SYS_rt_sigqueueinfo, &[pid, 0, address(&info)]), &gone);
-    judge(reporter, "rt_tgsigqueueinfo", call(libc::SYS_rt_tgsigqueueinfo, &[pid, pid, 0, address(&info)]), &gone);
+    judge(
+        reporter,
+        "rt_tgsigqueueinfo",
+        call(libc::SYS_rt_tgsigqueueinfo, &[pid, pid, 0, address(&info)]),
+        &gone,
+    );
     judge(reporter, "pidfd_open", call(libc::SYS_pidfd_open, &[pid, 0]), &gone);
     judge(reporter, "getpgid", call(libc::SYS_getpgid, &[pid]), &gone);
     let mut limit = [0_u64; 2];

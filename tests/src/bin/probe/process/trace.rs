@@ -27,7 +27,8 @@ pub fn init(reporter: &Reporter, _: &[String]) {
         });
     }
     raw::kill(sibling);
-    reporter.in_child("traceme", |reporter| reporter.syscall("traceme", call(libc::SYS_ptrace, &[0, 0, 0, 0])));
+    reporter
+        .in_child("traceme", |reporter| reporter.syscall("traceme", call(libc::SYS_ptrace, &[0, 0, 0, 0])));
 
     let mut local = [0_u8; 8];
     let near = [address_mut(&mut local), 8];
@@ -81,6 +82,10 @@ pub fn descriptors(reporter: &Reporter, _: &[String]) {
     // MADV_COLD over init's memory: needs the right to read it.
     let range = [0x1000_i64, 0x1000];
     let cold = i64::from(libc::MADV_COLD);
-    reporter.syscall("process_madvise init", call(libc::SYS_process_madvise, &[init, address(&range), 1, cold, 0]));
-    reporter.syscall("process_madvise bad", call(libc::SYS_process_madvise, &[-1, address(&range), 1, cold, 0]));
+    reporter.syscall(
+        "process_madvise init",
+        call(libc::SYS_process_madvise, &[init, address(&range), 1, cold, 0]),
+    );
+    reporter
+        .syscall("process_madvise bad", call(libc::SYS_process_madvise, &[-1, address(&range), 1, cold, 0]));
 }

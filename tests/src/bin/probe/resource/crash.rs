@@ -12,8 +12,8 @@ fn rename(name: &str) {
     call(libc::SYS_prctl, &[libc::PR_SET_NAME as usize, name.as_ptr() as usize]);
 }
 
-/// RS-11 `NAME plain|lowered|raised`: aborts under that name, with the core limit as found, at 0 (which lets a pipe
-/// handler run) or as high as it goes.
+/// RS-11 `NAME plain|lowered|raised`: aborts under that name, with the core limit as found, at 0 (which lets
+/// a pipe handler run) or as high as it goes.
 pub fn crash(_: &Reporter, arguments: &[String]) {
     rename(&arguments[0]);
     call(libc::SYS_prctl, &[libc::PR_SET_DUMPABLE as usize, 1]);
@@ -32,8 +32,8 @@ pub fn crash(_: &Reporter, arguments: &[String]) {
     unsafe { libc::abort() }
 }
 
-/// RS-12 `NAME CALLS DEATHS`: that many refused calls, that many children killed by a foreign call, and as many by a
-/// segmentation fault; then lines into the kernel's log under that name.
+/// RS-12 `NAME CALLS DEATHS`: that many refused calls, that many children killed by a foreign call, and as
+/// many by a segmentation fault; then lines into the kernel's log under that name.
 pub fn flood(report: &Reporter, arguments: &[String]) {
     rename(&arguments[0]);
     let count = |index: usize| arguments[index].parse::<usize>().expect("a number");

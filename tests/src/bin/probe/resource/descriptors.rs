@@ -5,22 +5,32 @@ use std::io::Read;
 use crate::case::Reporter;
 use crate::fs::{call, errno};
 
-/// RS-05 `COUNT`: that many of each kind at once. `inotify COUNT`: takes inotify instances, says `READY`, and keeps
-/// them until standard input ends. `one-inotify`: takes a single one.
+/// RS-05 `COUNT`: that many of each kind at once. `inotify COUNT`, `pty COUNT`: takes that many, says
+/// `READY`, and keeps them until standard input ends. `one-inotify`, `one-pty`: takes a single one.
 pub fn take(report: &Reporter, arguments: &[String]) {
     match arguments[0].as_str() {
-        "inotify" => {
+        pool @ ("inotify" | "pty") => {
             let count: usize = arguments[1].parse().expect("a number");
-            let taken = (0..count).take_while(|_| call(libc::SYS_inotify_init1, &[0]) >= 0).count();
+            let taken = (0..count).take_while(|_| one(pool) >= 0).count();
             println!("READY {taken}");
             std::io::stdin().read_to_end(&mut Vec::new()).ok();
         }
-        "one-inotify" => match call(libc::SYS_inotify_init1, &[0]) {
-            // The other way round: open means that somebody else's use has taken this away from us.
-            fd if fd >= 0 => report.denied("inotify", 0, "there was one left"),
-            _ => report.open("inotify", &format!("errno {}", errno())),
+        // The other way round: open means that somebody else's use has taken this away from us.
+        pool @ ("one-inotify" | "one-pty") => match one(pool) {
+            fd if fd >= 0 => report.denied(pool, 0, "there was one left"),
+            _ => report.open(pool, &format!("errno {}", errno())),
         },
         count => each(report, count.parse().expect("a number")),
+    }
+}
+
+fn one(pool: &str) -> i64 {
+    match pool.ends_with("pty") {
+        true => {
+            let flags = (libc::O_RDWR | libc::O_NOCTTY) as usize;
+            call(libc::SYS_openat, &[libc::AT_FDCWD as usize, c"/dev/ptmx".as_ptr() as usize, flags])
+        }
+        false => call(libc::SYS_inotify_init1, &[0]),
     }
 }
 
@@ -57,5 +67,8 @@ fn each(report: &Reporter, count: usize) {
     }
     let limits = [count as u64 + 100, count as u64 + 100];
     let pointer = (&raw const limits) as usize;
-    report.syscall("raise the limit", call(libc::SYS_prlimit64, &[0, libc::RLIMIT_NOFILE as usize, pointer, 0]));
+    report.syscall(
+        "raise the limit",
+        call(libc::SYS_prlimit64, &[0, libc::RLIMIT_NOFILE as usize, pointer, 0]),
+    );
 }

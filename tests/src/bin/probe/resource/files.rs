@@ -46,25 +46,31 @@ fn outcome(report: &Reporter, case: &str, reached: usize, result: std::io::Resul
     }
 }
 
-/// RS-04 `size DIRECTORY MIB`: files larger than `MIB`, by every way to make one.
-/// `names DIRECTORY COUNT DEPTH`: many names, long names, a deep tree, and directories that their owner cannot enter.
+/// RS-04 `size DIRECTORY MIB`: files larger than `MIB`, by every way to make one. `names DIRECTORY COUNT
+/// DEPTH`: many names, long names, a deep tree, and directories that their owner cannot enter.
 pub fn flood(report: &Reporter, arguments: &[String]) {
     let directory = Path::new(&arguments[1]);
     let count: usize = arguments[2].parse().expect("a number");
     if arguments[0] == "size" {
         return sizes(report, directory, (count << 20) as i64);
     }
-    let made = names(directory, count).and_then(|()| deep(directory, arguments[3].parse().expect("a number")));
+    let made =
+        names(directory, count).and_then(|()| deep(directory, arguments[3].parse().expect("a number")));
     match made {
         Ok(()) => report.open("names", ""),
         Err(error) => report.denied("names", code(&error), ""),
     }
 }
 
+/// What came of trying it on a file.
+type Attempt<'a> = &'a dyn Fn(&File) -> i64;
+
 fn sizes(report: &Reporter, directory: &Path, bytes: i64) {
     let path = directory.join("large");
-    let attempts: [(&str, &dyn Fn(&File) -> i64); 3] = [
-        ("fallocate", &|file| call(libc::SYS_fallocate, &[file.as_raw_fd() as usize, 0, 0, bytes as usize + 1])),
+    let attempts: [(&str, Attempt); 3] = [
+        ("fallocate", &|file| {
+            call(libc::SYS_fallocate, &[file.as_raw_fd() as usize, 0, 0, bytes as usize + 1])
+        }),
         ("ftruncate", &|file| call(libc::SYS_ftruncate, &[file.as_raw_fd() as usize, bytes as usize + 1])),
         ("sparse write", &|file| {
             call(libc::SYS_pwrite64, &[file.as_raw_fd() as usize, c"x".as_ptr() as usize, 1, bytes as usize])
@@ -73,7 +79,8 @@ fn sizes(report: &Reporter, directory: &Path, bytes: i64) {
     for (case, attempt) in attempts {
         // Once as the default has it, where the signal ends the process, and once with the signal ignored.
         for (way, action) in [("", libc::SIG_DFL), (" ignoring", libc::SIG_IGN)] {
-            let file = OpenOptions::new().create(true).truncate(true).write(true).open(&path).expect("a file");
+            let file =
+                OpenOptions::new().create(true).truncate(true).write(true).open(&path).expect("a file");
             let mut pipe = std::io::pipe().expect("a pipe");
             let child = spawn(|| {
                 // SAFETY: sets a disposition, no handler runs.
@@ -105,7 +112,7 @@ fn names(directory: &Path, count: usize) -> std::io::Result<()> {
         File::create(directory.join(format!("\u{1b}[2J\n{index}")))?;
         let closed = directory.join(format!("closed {index}"));
         std::fs::create_dir_all(closed.join("below"))?;
-        std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(0))?;
+        std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(0o0))?;
     }
     Ok(())
 }

@@ -1,9 +1,9 @@
 //! Memory in every form that the kernel keeps for a process.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use crate::case::Reporter;
@@ -12,8 +12,8 @@ use crate::fs::{call, errno};
 const MIB: usize = 1 << 20;
 const PAGE: usize = 4096;
 
-/// RS-02 `KIND MIB DIRECTORY`: takes up to `MIB` of that kind, and says `progress N` after each: whoever is killed,
-/// the last line tells how far it came.
+/// RS-02 `KIND MIB DIRECTORY`: takes up to `MIB` of that kind, and says `progress N` after each: whoever is
+/// killed, the last line tells how far it came.
 pub fn take(report: &Reporter, arguments: &[String]) {
     let (kind, goal) = (arguments[0].as_str(), arguments[1].parse().expect("a number"));
     let result = match kind {
@@ -42,9 +42,8 @@ fn progress(mebibytes: usize) {
 
 fn map(bytes: usize, flags: i32, fd: i32) -> Result<*mut u8, i32> {
     // SAFETY: a new mapping where the kernel likes; nothing of ours is replaced without MAP_FIXED.
-    let place = unsafe {
-        libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0)
-    };
+    let place =
+        unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
     if place == libc::MAP_FAILED { Err(errno()) } else { Ok(place.cast()) }
 }
 
@@ -151,20 +150,17 @@ fn pipe() -> Result<Ends, i32> {
 
 fn pair() -> Result<Ends, i32> {
     let (one, other) = UnixStream::pair().map_err(|error| crate::fs::code(&error))?;
-    one.set_nonblocking(true).and_then(|()| other.set_nonblocking(true)).map_err(|error| crate::fs::code(&error))?;
-    Ok((File::from(std::os::fd::OwnedFd::from(one)), File::from(std::os::fd::OwnedFd::from(other))))
+    one.set_nonblocking(true)
+        .and_then(|()| other.set_nonblocking(true))
+        .map_err(|error| crate::fs::code(&error))?;
+    Ok((File::from(OwnedFd::from(one)), File::from(OwnedFd::from(other))))
 }
 
 fn buffers(goal: usize, make: fn() -> Result<Ends, i32>) -> Result<(), i32> {
-    let block = vec![1_u8; 64 << 10];
     let (mut kept, mut bytes) = (Vec::new(), 0);
     while bytes < goal * MIB {
-        let (mut one, mut other) = make()?;
-        for end in [&mut one, &mut other] {
-            while let Ok(count) = end.write(&block) {
-                bytes += count;
-            }
-        }
+        let (one, other) = beyond_one_process(make)?;
+        bytes += stuff(&one) + stuff(&other);
         kept.push((one, other));
         progress(bytes / MIB);
     }
@@ -175,24 +171,55 @@ fn tcp(goal: usize) -> Result<(), i32> {
     let code = |error: std::io::Error| crate::fs::code(&error);
     let listener = TcpListener::bind("127.0.0.1:0").map_err(code)?;
     let address = listener.local_addr().map_err(code)?;
-    let block = vec![1_u8; 64 << 10];
     let (mut kept, mut bytes) = (Vec::new(), 0);
     while bytes < goal * MIB {
-        let mut one = TcpStream::connect(address).map_err(code)?;
-        let (mut other, _) = listener.accept().map_err(code)?;
-        for end in [&mut one, &mut other] {
-            end.set_nonblocking(true).map_err(code)?;
+        let connect = || {
+            let one = TcpStream::connect(address).map_err(code)?;
+            let (other, _) = listener.accept().map_err(code)?;
+            one.set_nonblocking(true).and_then(|()| other.set_nonblocking(true)).map_err(code)?;
+            Ok((File::from(OwnedFd::from(one)), File::from(OwnedFd::from(other))))
+        };
+        let (one, other) = beyond_one_process(connect)?;
+        for end in [&one, &other] {
             let size = 4 * MIB as i32;
-            let words = [libc::SOL_SOCKET as usize, libc::SO_SNDBUF as usize, (&raw const size) as usize, 4];
-            call(libc::SYS_setsockopt, &[&[end.as_raw_fd() as usize], &words[..]].concat());
-            while let Ok(count) = end.write(&block) {
-                bytes += count;
-            }
+            let option = [libc::SOL_SOCKET as usize, libc::SO_SNDBUF as usize, (&raw const size) as usize, 4];
+            call(libc::SYS_setsockopt, &[&[end.as_raw_fd() as usize], &option[..]].concat());
+            bytes += stuff(end);
         }
-        // One byte read keeps the connection from being idle and the buffers as they are.
-        other.read(&mut [0]).ok();
         kept.push((one, other));
         progress(bytes / MIB);
     }
     Ok(())
+}
+
+/// Writes until that would block; gives how much went in.
+fn stuff(mut end: &File) -> usize {
+    let block = vec![1_u8; 64 << 10];
+    let mut bytes = 0;
+    while let Ok(count) = end.write(&block) {
+        bytes += count;
+    }
+    bytes
+}
+
+/// `make`; where this process has no number left, its child closes the numbers and goes on, while this one
+/// keeps what is in the buffers by still having them open.
+fn beyond_one_process(mut make: impl FnMut() -> Result<Ends, i32>) -> Result<Ends, i32> {
+    match make() {
+        Err(libc::EMFILE) => (),
+        other => return other,
+    }
+    // SAFETY: the probe has one thread; the parent only waits from here on, and ends as the child did.
+    match unsafe { libc::fork() } {
+        -1 => return Err(errno()),
+        0 => (),
+        child => {
+            let status = super::wait_for(child);
+            std::process::exit(if libc::WIFEXITED(status) { 0 } else { 128 + libc::WTERMSIG(status) })
+        }
+    }
+    // The listener and its like have the lowest numbers. `kept` closes these again at the end, which then
+    // fails unseen.
+    call(libc::SYS_close_range, &[16, u32::MAX as usize, 0]);
+    make()
 }

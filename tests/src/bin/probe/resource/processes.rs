@@ -6,8 +6,17 @@ use super::{kill, spawn};
 use crate::case::Reporter;
 use crate::fs::{call, code, errno};
 
-/// RS-01 `COUNT`: that many processes at once, then that many threads.
+/// RS-01 `COUNT`: that many processes at once, then that many threads. `for-ever`: says `READY` and goes off.
 pub fn bomb(report: &Reporter, arguments: &[String]) {
+    if arguments[0] == "for-ever" {
+        println!("READY");
+        // A moment to be looked at: afterwards every look at it waits for its locks.
+        std::thread::sleep(Duration::from_millis(200));
+        loop {
+            // Parent and child alike go on; a refused fork is tried again at once.
+            spawn_and_go_on();
+        }
+    }
     let count: usize = arguments[0].parse().expect("a number");
     let mut children = Vec::new();
     let mut refused = 0;
@@ -31,6 +40,11 @@ pub fn bomb(report: &Reporter, arguments: &[String]) {
     outcome(report, "threads", threads, count, refused);
 }
 
+fn spawn_and_go_on() {
+    // SAFETY: the probe has one thread; both sides go on with the same loop.
+    unsafe { libc::fork() };
+}
+
 fn sleep_long() {
     std::thread::sleep(Duration::from_secs(60));
 }
@@ -42,8 +56,8 @@ fn outcome(report: &Reporter, case: &str, reached: usize, count: usize, errno: i
     }
 }
 
-/// RS-06 `MILLISECONDS PERCENT`: spins on four processes with the best priority that is to be had. Open when they
-/// got more than `PERCENT` of one processor by the kernel's count.
+/// RS-06 `MILLISECONDS PERCENT`: spins on four processes with the best priority that is to be had. Open when
+/// they got more than `PERCENT` of one processor by the kernel's count.
 pub fn spin(report: &Reporter, arguments: &[String]) {
     let span = Duration::from_millis(arguments[0].parse().expect("a number"));
     let percent: u128 = arguments[1].parse().expect("a number");
@@ -67,9 +81,13 @@ pub fn spin(report: &Reporter, arguments: &[String]) {
     }
     let priority = 1_i32;
     // SCHED_FIFO with priority 1: real-time classes are not bound by the quota.
-    let result = call(libc::SYS_sched_setscheduler, &[0, libc::SCHED_FIFO as usize, (&raw const priority) as usize]);
+    let result =
+        call(libc::SYS_sched_setscheduler, &[0, libc::SCHED_FIFO as usize, (&raw const priority) as usize]);
     report.syscall("SCHED_FIFO", result);
-    report.syscall("nice -20", call(libc::SYS_setpriority, &[libc::PRIO_PROCESS as usize, 0, -20_isize as usize]));
+    report.syscall(
+        "nice -20",
+        call(libc::SYS_setpriority, &[libc::PRIO_PROCESS as usize, 0, -20_isize as usize]),
+    );
 }
 
 fn children_time() -> Duration {
@@ -79,6 +97,7 @@ fn children_time() -> Duration {
         libc::getrusage(libc::RUSAGE_CHILDREN, &mut usage);
         usage
     };
-    let micros = |time: libc::timeval| Duration::from_micros(time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64);
+    let micros =
+        |time: libc::timeval| Duration::from_micros(time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64);
     micros(usage.ru_utime) + micros(usage.ru_stime)
 }

@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use super::spawn;
@@ -9,7 +10,7 @@ use crate::case::Reporter;
 use crate::fs::call;
 
 // Whatever a run was meant to show, it is over by then; nothing of ours outlives the tests.
-const END: Duration = Duration::from_secs(40);
+const END: Duration = Duration::from_secs(30);
 
 fn deaf() {
     for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGUSR1, libc::SIGPIPE] {
@@ -18,7 +19,7 @@ fn deaf() {
     }
 }
 
-/// RS-08 `KIND TOKEN`: says `READY` and stays. The token is there to be found in the command line.
+/// RS-08 `KIND TOKEN [slowly]`: says `READY` and stays. The token is there to be found in the command line.
 pub fn stay(_: &Reporter, arguments: &[String]) {
     let start = Instant::now();
     deaf();
@@ -49,8 +50,10 @@ pub fn stay(_: &Reporter, arguments: &[String]) {
             }
         }
         "fork-loop" => {
+            // On the host the dead wait for a PID 1 that may take its time, and numbers are few.
+            let pause = if arguments.len() > 2 { Duration::from_millis(20) } else { Duration::ZERO };
             for _ in 0..4 {
-                spawn(|| run_away(start));
+                spawn(|| run_away(start, pause));
             }
         }
         "fifo" => {
@@ -67,7 +70,7 @@ pub fn stay(_: &Reporter, arguments: &[String]) {
             let path = format!("/tmp/{}", arguments[1]);
             let lock = || {
                 let file = std::fs::File::create(&path).expect("a file");
-                file.lock().expect("a lock");
+                call(libc::SYS_flock, &[file.as_raw_fd() as usize, libc::LOCK_EX as usize]);
                 std::thread::sleep(END);
             };
             spawn(lock);
@@ -86,8 +89,9 @@ fn stop() {
 }
 
 // Never the same process for longer than a fork takes.
-fn run_away(start: Instant) {
+fn run_away(start: Instant, pause: Duration) {
     while start.elapsed() < END {
+        std::thread::sleep(pause);
         match spawn(|| ()) {
             -1 => std::thread::sleep(Duration::from_millis(1)),
             child => {
@@ -102,8 +106,8 @@ fn run_away(start: Instant) {
     }
 }
 
-/// RS-07 `both MIB`: that much on standard output and standard error in turns, without a newline. `after`: leaves a
-/// child that goes on writing.
+/// RS-07 `both MIB`: that much on standard output and standard error in turns, without a newline. `after`:
+/// leaves a child that goes on writing.
 pub fn output(_: &Reporter, arguments: &[String]) {
     let block = vec![b'x'; 64 << 10];
     match arguments[0].as_str() {
