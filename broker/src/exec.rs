@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use sandbox::{Caller, Host, Job, LaunchError, Nest, Plan, Policy, Report, Terminal, Wishes};
+use sandbox::{Caller, Host, Job, LaunchError, Plan, Policy, Report, Terminal, Wishes};
 
 use crate::cli::{EnvArgument, ExecArguments};
 use crate::library::Policies;
@@ -12,17 +12,13 @@ use crate::library::Policies;
 const CANNOT: u8 = 125;
 
 /// Runs the command; the exit status is as `INTERFACES` says.
-pub fn run(arguments: Box<ExecArguments>, nest: std::io::Result<Nest>) -> ExitCode {
+pub fn run(arguments: Box<ExecArguments>) -> ExitCode {
     let report_to = arguments.report.clone();
     let (policy, plan) = match prepare(*arguments) {
         Ok(prepared) => prepared,
         Err(error) => return refuse(&error),
     };
-    let nest = match nest {
-        Ok(nest) => nest,
-        Err(error) => return refuse(&format!("cannot make a process: {error}")),
-    };
-    let ran = sandbox::run(&policy, &plan, &nest, &sandbox::shared_directory());
+    let ran = sandbox::run(&plan, &sandbox::shared_directory());
     let status = match &ran {
         Ok(report) => {
             explain(report);
@@ -34,7 +30,7 @@ pub fn run(arguments: Box<ExecArguments>, nest: std::io::Result<Nest>) -> ExitCo
         }
     };
     if let Some(path) = report_to
-        && let Err(error) = write_report(&path, &ran)
+        && let Err(error) = write_report(&path, &ran, &policy, &plan)
     {
         return refuse(&format!("cannot write the report {}: {error}", path.display()));
     }
@@ -107,9 +103,14 @@ fn explain(report: &Report) {
     }
 }
 
-fn write_report(path: &std::path::Path, ran: &Result<Report, LaunchError>) -> std::io::Result<()> {
+fn write_report(
+    path: &std::path::Path,
+    ran: &Result<Report, LaunchError>,
+    policy: &Policy,
+    plan: &Plan,
+) -> std::io::Result<()> {
     let value = match ran {
-        Ok(report) => serde_json::to_value(report),
+        Ok(report) => report.to_json(policy, plan),
         Err(error) => {
             serde_json::to_value(error.outcome()).map(|outcome| serde_json::json!({ "outcome": outcome }))
         }

@@ -9,10 +9,8 @@ mod policy;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // The dear part of a run needs nothing from the command line, and goes on beside reading it.
-    let nest = std::env::args_os().nth(1).filter(|command| command == "exec").map(|_| sandbox::Nest::begin());
     match cli::parse() {
-        cli::Command::Exec(arguments) => exec::run(arguments, nest.unwrap_or_else(sandbox::Nest::begin)),
+        cli::Command::Exec(arguments) => exec::run(arguments),
         cli::Command::Policy(command) => policy::run(command),
         cli::Command::Doctor { json } => doctor::run(json),
         cli::Command::Completions { shell } => {

@@ -11,7 +11,6 @@ use rustix::fs::{Mode, OFlags, openat};
 use seccompiler::BpfProgram;
 
 use crate::cgroup::Entry;
-use crate::nest::Nest;
 use crate::plan::{INNER_ID, LandlockAccess, LandlockPlan, Plan, Rlimit};
 use crate::sys;
 
@@ -24,7 +23,6 @@ const SECUREBITS: libc::c_ulong = 0b1111_1111;
 pub(crate) struct Prepared<'a> {
     pub plan: &'a Plan,
     pub filter: &'a BpfProgram,
-    pub nest: &'a Nest,
     pub trees: Trees,
     pub entry: Option<Entry>,
     /// The host uid and gid of the workload.
@@ -93,18 +91,18 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
-    pub(crate) fn at(stage: Stage, object: usize) -> impl FnOnce(io::Error) -> Failure {
+    fn at(stage: Stage, object: usize) -> impl FnOnce(io::Error) -> Failure {
         move |error| Failure { stage, object, errno: error.raw_os_error().unwrap_or(libc::EINVAL) }
     }
 }
 
 type Result<T> = std::result::Result<T, Failure>;
 
-/// In a new process namespace, still with every right of the launcher.
+/// In new namespaces, still with every right of the launcher.
 pub(crate) struct Born(());
-/// In its control group and with every namespace but the user namespace, on an empty root; the host's is gone.
+/// In its control group and with every namespace but the user namespace.
 struct Separate(());
-/// On its whole root.
+/// On its own root; the host's is gone.
 struct Rooted(());
 /// With its resource limits.
 struct Limited(());
@@ -119,9 +117,9 @@ pub(crate) struct Confined(());
 
 /// Goes the whole way.
 pub(crate) fn confine(prepared: Prepared<'_>) -> Result<Confined> {
-    let Prepared { plan, filter, nest, trees, entry, uid, streams, kept } = prepared;
+    let Prepared { plan, filter, trees, entry, uid, streams, kept } = prepared;
     Born(())
-        .separate(entry, nest)?
+        .separate(entry)?
         .root(plan, trees, uid)?
         .limit(&plan.rlimits)?
         .describe(streams, kept)?
@@ -130,16 +128,8 @@ pub(crate) fn confine(prepared: Prepared<'_>) -> Result<Confined> {
         .filter(filter)
 }
 
-/// An empty root with what every root begins with, in a mount namespace that was just made.
-pub(crate) fn make_root() -> Result<()> {
-    // Modes are exactly as the plan says.
-    rustix::process::umask(Mode::empty());
-    files::enter_root().map_err(Failure::at(Stage::Root, 0))?;
-    files::base()
-}
-
 impl Born {
-    fn separate(self, entry: Option<Entry>, nest: &Nest) -> Result<Separate> {
+    fn separate(self, entry: Option<Entry>) -> Result<Separate> {
         if let Some(Entry::Write(files)) = entry {
             for (object, file) in files.iter().enumerate() {
                 rustix::io::write(file, b"0")
@@ -147,17 +137,19 @@ impl Born {
                     .map_err(Failure::at(Stage::Cgroup, object))?;
             }
         }
+        // Modes are exactly as the plan says; the workload gets a umask of its own.
         rustix::process::umask(Mode::empty());
         // Paths and options of the host's command line are no business of the workload's.
         sys::forget_arguments();
-        let calls: [&dyn Fn() -> io::Result<()>; 3] = [
-            &|| nest.join(),
+        let calls: [&dyn Fn() -> io::Result<()>; 4] = [
             // After the move, so that the new root of control groups is the sandbox's own.
             &|| Ok(nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWCGROUP)?),
+            &|| Ok(rustix::system::sethostname(crate::plan::HOSTNAME.as_bytes())?),
+            &sys::loopback_up,
             &|| Ok(rustix::process::setsid().map(drop)?),
         ];
         for (object, call) in calls.iter().enumerate() {
-            call().map_err(Failure::at(Stage::Namespaces, object + 3))?;
+            call().map_err(Failure::at(Stage::Namespaces, object))?;
         }
         Ok(Separate(()))
     }
@@ -165,7 +157,9 @@ impl Born {
 
 impl Separate {
     fn root(self, plan: &Plan, trees: Trees, uid: u32) -> Result<Rooted> {
-        files::build(&plan.files, &trees, uid)?;
+        files::enter_root().map_err(Failure::at(Stage::Root, 0))?;
+        files::build(&plan.base, Stage::Base, &trees, uid)?;
+        files::build(&plan.files, Stage::Files, &trees, uid)?;
         files::workspace(&trees)?;
         rustix::process::chdir(plan.command.directory.as_path())
             .map_err(io::Error::from)

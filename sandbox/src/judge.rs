@@ -7,15 +7,13 @@ use crate::confine::Stage;
 use crate::init::Message;
 use crate::launch::LaunchError;
 use crate::plan::{Plan, Step};
-use crate::policy::Policy;
 use crate::relay::Copied;
-use crate::report::{Denials, Enforcement, Named, Outcome, Report, Usage};
+use crate::report::{Denials, Enforcement, Outcome, Report, Usage};
 use crate::slot::Slot;
 use crate::supervise::Ended;
 
 /// The report of a run that has ended.
 pub(crate) fn report(
-    policy: &Policy,
     plan: &Plan,
     slot: &Slot,
     seccomp_instructions: usize,
@@ -29,8 +27,6 @@ pub(crate) fn report(
         usage: usage(&ended, counts, copied),
         denials: denials(counts, copied),
         sandbox: format!("{}-{}", std::process::id(), slot.number()),
-        policy: Named { name: policy.name().to_owned(), sha256: policy.hash() },
-        plan: plan.hash(),
     })
 }
 

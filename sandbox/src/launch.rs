@@ -15,10 +15,8 @@ use crate::cgroup::{Entry, Group, GroupError};
 use crate::confine::{Prepared, confine};
 use crate::init;
 use crate::judge;
-use crate::nest::Nest;
 use crate::open;
 use crate::plan::Plan;
-use crate::policy::Policy;
 use crate::relay::{Copied, Relay};
 use crate::report::{Outcome, Report};
 use crate::seccomp;
@@ -27,6 +25,10 @@ use crate::streams::{self, Streams};
 use crate::supervise::{Ended, Running, Signals};
 use crate::sys::{self, Image, Side};
 use crate::workspace::{Workspace, WorkspaceError};
+
+/// Every namespace but those of users, which comes last, and control groups, which comes after the move into one.
+const NAMESPACES: i32 =
+    libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
 
 /// Why nothing was started, or it is not known how it ended.
 #[derive(Debug)]
@@ -111,13 +113,14 @@ fn call(what: &'static str) -> impl Fn(io::Error) -> LaunchError {
 
 /// Runs the command of `plan` in a sandbox of its own, and returns when nothing of it is left.
 ///
-/// `nest` was begun as early as the caller could; `shared` is the directory of uid slots and
+/// `shared` is the directory of uid slots and
 /// placeholders, the same for all runs on this host.
 /// The caller has one thread.
 ///
 /// # Errors
 /// When the sandbox cannot be set up as planned. Then nothing was executed, and nothing is left either.
-pub fn run(policy: &Policy, plan: &Plan, nest: &Nest, shared: &Path) -> Result<Report, LaunchError> {
+pub fn run(plan: &Plan, shared: &Path) -> Result<Report, LaunchError> {
+    sys::hear_of_children();
     let filter = seccomp::compile(plan.seccomp)
         .map_err(|error| call("system-call filter")(io::Error::other(error)))?;
     let signals = Signals::block().map_err(call("signals"))?;
@@ -130,8 +133,7 @@ pub fn run(policy: &Policy, plan: &Plan, nest: &Nest, shared: &Path) -> Result<R
         .map(|plan| Workspace::open(plan, slot.uid(), &shared.join("holds")))
         .transpose();
     let ended = workspace.map_err(LaunchError::Workspace).and_then(|workspace| {
-        let parts =
-            Parts { plan, filter: &filter, nest, slot: &slot, group: group.as_ref(), signals: &signals };
+        let parts = Parts { plan, filter: &filter, slot: &slot, group: group.as_ref(), signals: &signals };
         let ended = launch(&parts, workspace.as_ref());
         if let Some(workspace) = &workspace {
             workspace.release();
@@ -142,14 +144,13 @@ pub fn run(policy: &Policy, plan: &Plan, nest: &Nest, shared: &Path) -> Result<R
     if let Some(group) = &group {
         group.remove();
     }
-    judge::report(policy, plan, &slot, filter.len(), counts, ended?)
+    judge::report(plan, &slot, filter.len(), counts, ended?)
 }
 
 /// What a launch is made of.
 struct Parts<'a> {
     plan: &'a Plan,
     filter: &'a BpfProgram,
-    nest: &'a Nest,
     slot: &'a Slot,
     group: Option<&'a Group>,
     signals: &'a Signals,
@@ -157,7 +158,7 @@ struct Parts<'a> {
 
 /// From the host's trees to the end of the sandbox.
 fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Option<Copied>), LaunchError> {
-    let Parts { plan, filter, nest, slot, group, signals } = *parts;
+    let Parts { plan, filter, slot, group, signals } = *parts;
     let entry = group.map(Group::entry).transpose().map_err(LaunchError::Group)?;
     let image = image(plan).map_err(call("command"))?;
     let trees = open::trees(plan, workspace).map_err(LaunchError::Tree)?;
@@ -167,17 +168,15 @@ fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Op
     let relay = (!flows.is_empty()).then(|| Relay::start(flows, plan.output_bytes_max, slot.relay_uid()));
     let relay = relay.transpose().map_err(call("relay"))?;
     let (status, said) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| call("status pipe")(error.into()))?;
-    nest.ready().map_err(call("namespaces"))?.map_err(|message| judge::confine_error(plan, message))?;
     let started = Instant::now();
     let into = match &entry {
         Some(Entry::Clone(group)) => Some(group.as_fd()),
         _ => None,
     };
-    let init = match sys::clone3(libc::CLONE_NEWPID, into).map_err(call("clone3"))? {
+    let init = match sys::clone3(NAMESPACES, into).map_err(call("clone3"))? {
         Side::Child => {
             let kept = [said.as_fd(), slot.lock().as_fd()];
-            let prepared =
-                Prepared { plan, filter, nest, trees, entry, uid: slot.uid(), streams: inside, kept };
+            let prepared = Prepared { plan, filter, trees, entry, uid: slot.uid(), streams: inside, kept };
             match confine(prepared) {
                 Ok(confined) => init::live(&confined, &image, &said),
                 Err(failure) => init::setup_failed(&said, &failure),

@@ -11,7 +11,6 @@ mod init;
 mod job;
 mod judge;
 mod launch;
-mod nest;
 mod open;
 mod plan;
 mod policy;
@@ -28,7 +27,6 @@ pub use cgroup::GroupError;
 pub use host::{Caller, Cgroups, Controller, Host, PathKind};
 pub use job::{Job, NarrowError, Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish};
 pub use launch::{LaunchError, run, shared_directory};
-pub use nest::Nest;
 pub use open::OpenError;
 pub use plan::{
     CgroupPlan, CgroupVersion, CommandPlan, Exec, INNER_ID, LANDLOCK_ABI_TESTED, LandlockAccess,
@@ -39,7 +37,7 @@ pub use policy::{
     ByteSize, Count, Cpus, EnvName, Gap, HostPath, InnerPath, Library, Limits, POLICY_BYTES_MAX, PRESETS,
     Policy, PolicyError, PolicyFile, PolicyName, Presets, Span, WordError, schema as policy_schema,
 };
-pub use report::{Denials, Enforcement, Named, Outcome, Report, Usage};
+pub use report::{Denials, Enforcement, Outcome, Report, Usage};
 pub use slot::SlotError;
 pub use streams::classify as classify_streams;
 pub use workspace::WorkspaceError;

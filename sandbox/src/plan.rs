@@ -263,19 +263,20 @@ impl Plan {
         }
         let mut gaps = Vec::new();
         let workspace = workspace(policy, job);
-        let files = files::steps(policy, host);
+        let base = files::base();
+        let files = files::steps(policy, host, &base);
         Ok(Plan {
             policy: policy.name().to_owned(),
-            base: files::base(),
             cgroup: cgroup(policy, job, host, &mut gaps)?,
             rlimits: rlimits(job),
             timeout_ms: job.limits.timeout.map(milliseconds),
             grace_ms: job.limits.grace.map_or(2_000, milliseconds),
             output_bytes_max: job.limits.output.map(|size| size.bytes()),
-            landlock: landlock(policy, host, &files, workspace.as_ref())?,
+            landlock: landlock(policy, host, base.iter().chain(&files), workspace.as_ref())?,
             seccomp: seccomp(policy, workspace.as_ref(), &mut gaps)?,
             streams: streams(job),
             command: CommandPlan::make(policy, job, host, &files),
+            base,
             files,
             workspace,
             gaps,
@@ -358,10 +359,10 @@ fn rlimits(job: &Job) -> Vec<(Rlimit, u64)> {
     list
 }
 
-fn landlock(
+fn landlock<'a>(
     policy: &Policy,
     host: &Host,
-    files: &[Step],
+    steps: impl Iterator<Item = &'a Step>,
     workspace: Option<&WorkspacePlan>,
 ) -> Result<LandlockPlan, PlanError> {
     let floor = policy.file().landlock.floor.map_or(2, |floor| floor.abi());
@@ -369,7 +370,12 @@ fn landlock(
         return Err(PlanError::LandlockFloor { floor, found: host.landlock_abi });
     }
     let mut rules = vec![(PathBuf::from("/"), LandlockAccess::List)];
-    rules.extend(files::base().iter().chain(files).filter_map(Step::landlock_rule));
+    for (path, access) in steps.filter_map(Step::landlock_rule) {
+        // A rule holds for everything beneath, mounts too.
+        if !rules.iter().any(|(above, allowed)| *allowed == access && path.starts_with(above)) {
+            rules.push((path, access));
+        }
+    }
     rules.extend(workspace.map(|workspace| {
         let access = match workspace.mode {
             WorkspaceMode::ReadOnly => LandlockAccess::Read,

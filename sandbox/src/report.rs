@@ -2,7 +2,8 @@
 
 use serde::Serialize;
 
-use crate::policy::Gap;
+use crate::plan::Plan;
+use crate::policy::{Gap, Policy};
 
 /// What came of a run. Its JSON form is what `--report` writes.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -19,19 +20,19 @@ pub struct Report {
     pub denials: Denials,
     /// The sandbox's name while it lived.
     pub sandbox: String,
-    /// The policy's name and hash.
-    pub policy: Named,
-    /// SHA-256 of the plan.
-    pub plan: String,
 }
 
-/// A name and the hash of what it names.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Named {
-    /// The name.
-    pub name: String,
-    /// SHA-256 in hexadecimal.
-    pub sha256: String,
+impl Report {
+    /// The whole report, with the names and SHA-256 hashes of the policy and the plan it came from.
+    ///
+    /// # Errors
+    /// As serde_json; none is known.
+    pub fn to_json(&self, policy: &Policy, plan: &Plan) -> serde_json::Result<serde_json::Value> {
+        let mut value = serde_json::to_value(self)?;
+        value["policy"] = serde_json::json!({ "name": policy.name(), "sha256": policy.hash() });
+        value["plan"] = plan.hash().into();
+        Ok(value)
+    }
 }
 
 /// How a run ended.

@@ -193,6 +193,16 @@ pub fn loopback_up() -> io::Result<()> {
     check(i64::from(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) }))
 }
 
+/// Makes the end of a child be told again, whatever the caller had set: where `SIGCHLD` is ignored the kernel reaps children
+/// itself, and neither init nor the launcher would ever learn how theirs ended (signal(7)).
+pub fn hear_of_children() {
+    // SAFETY: an all-zero sigaction is SIG_DFL with an empty mask; it outlives the call.
+    unsafe {
+        let default: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(libc::SIGCHLD, &raw const default, std::ptr::null_mut());
+    }
+}
+
 /// Overwrites the arguments that this process was started with, which `/proc/PID/cmdline` shows to everybody who sees it.
 pub fn forget_arguments() {
     // SAFETY: glibc and musl set it before main to argv[0], and nothing changes it.

@@ -14,7 +14,7 @@ use rustix::mount::{
 };
 
 use super::{Failure, Result, Stage};
-use crate::plan::files::{self as plan, EMPTY, WORKSPACE};
+use crate::plan::files::{EMPTY, WORKSPACE};
 use crate::plan::{Exec, Owner, Step};
 use crate::sys::{MountAttributes, Reach, mount_setattr};
 
@@ -59,16 +59,8 @@ pub(super) fn enter_root() -> io::Result<()> {
     Ok(rustix::process::chdir("/")?)
 }
 
-/// What every root begins with.
-pub(super) fn base() -> Result<()> {
-    for (object, step) in plan::base().iter().enumerate() {
-        perform(step, None, 0).map_err(Failure::at(Stage::Base, object))?;
-    }
-    Ok(())
-}
-
-/// Every other step, in order.
-pub(super) fn build(steps: &[Step], trees: &Trees, uid: u32) -> Result<()> {
+/// Every step, in order.
+pub(super) fn build(steps: &[Step], stage: Stage, trees: &Trees, uid: u32) -> Result<()> {
     let mut system = trees.system.iter();
     for (object, step) in steps.iter().enumerate() {
         let tree = match step {
@@ -76,7 +68,7 @@ pub(super) fn build(steps: &[Step], trees: &Trees, uid: u32) -> Result<()> {
             Step::Terminals { .. } => Some(&trees.terminals),
             _ => None,
         };
-        perform(step, tree, uid).map_err(Failure::at(Stage::Files, object))?;
+        perform(step, tree, uid).map_err(Failure::at(stage, object))?;
     }
     Ok(())
 }

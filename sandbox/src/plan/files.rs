@@ -183,8 +183,8 @@ pub(crate) fn base() -> Vec<Step> {
 }
 
 /// What comes after the base, in order.
-pub(super) fn steps(policy: &Policy, host: &Host) -> Vec<Step> {
-    let made = base().iter().map(|step| step.path().to_owned()).collect();
+pub(super) fn steps(policy: &Policy, host: &Host, base: &[Step]) -> Vec<Step> {
+    let made = base.iter().map(|step| step.path().to_owned()).collect();
     let mut root = Root { made, ..Root::default() };
     // Before the trees, so that one of those may lie below a private place.
     private_places(&mut root, policy);

@@ -29,14 +29,14 @@ const UNUSED: std::ops::Range<u32> = 295..424;
 /// Calls whose argument is a pointer to what decides. C libraries go back to clone(2) and openat(2).
 const HIDDEN: [c_long; 2] = [libc::SYS_clone3, libc::SYS_openat2];
 
-/// The verdict on `number`.
-pub(super) fn verdict(number: u32, with_rules: &[c_long]) -> Verdict {
+/// The verdict on `number`; `allowed` is sorted.
+fn verdict(number: u32, with_rules: &[c_long], allowed: &[c_long]) -> Verdict {
     let call = c_long::from(number);
     if number > LAST || UNUSED.contains(&number) || HIDDEN.contains(&call) {
         Verdict::Unknown
     } else if with_rules.contains(&call) {
         Verdict::Arguments
-    } else if ALLOWED.contains(&call) || UNNAMED.contains(&number) || LEGACY.contains(&call) {
+    } else if allowed.binary_search(&call).is_ok() || UNNAMED.contains(&number) {
         Verdict::Allow
     } else {
         Verdict::Refuse
@@ -46,9 +46,11 @@ pub(super) fn verdict(number: u32, with_rules: &[c_long]) -> Verdict {
 /// Which number begins which verdict; the last goes on for ever.
 pub(super) fn ranges() -> Vec<(u32, Verdict)> {
     let with_rules = arguments::numbers();
+    let mut allowed: Vec<c_long> = ALLOWED.iter().chain(LEGACY).copied().collect();
+    allowed.sort_unstable();
     let mut list: Vec<(u32, Verdict)> = Vec::new();
     for number in 0..=LAST + 1 {
-        let verdict = verdict(number, &with_rules);
+        let verdict = verdict(number, &with_rules, &allowed);
         if list.last().is_none_or(|(_, last)| *last != verdict) {
             list.push((number, verdict));
         }
