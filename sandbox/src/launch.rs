@@ -16,6 +16,7 @@ use crate::confine::{Prepared, confine};
 use crate::init;
 use crate::judge;
 use crate::open;
+use crate::pin::Pin;
 use crate::plan::Plan;
 use crate::relay::{Copied, Relay};
 use crate::report::{Outcome, Report};
@@ -159,6 +160,7 @@ struct Parts<'a> {
 /// From the host's trees to the end of the sandbox.
 fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Option<Copied>), LaunchError> {
     let Parts { plan, filter, slot, group, signals } = *parts;
+    let pin = Pin::here();
     let entry = group.map(Group::entry).transpose().map_err(LaunchError::Group)?;
     let image = image(plan).map_err(call("command"))?;
     let trees = open::trees(plan, workspace).map_err(LaunchError::Tree)?;
@@ -178,7 +180,7 @@ fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Op
             let kept = [said.as_fd(), slot.lock().as_fd()];
             let prepared = Prepared { plan, filter, trees, entry, uid: slot.uid(), streams: inside, kept };
             match confine(prepared) {
-                Ok(confined) => init::live(&confined, &image, &said),
+                Ok(confined) => init::live(&confined, &image, &said, &pin),
                 Err(failure) => init::setup_failed(&said, &failure),
             }
         }

@@ -12,6 +12,7 @@ mod job;
 mod judge;
 mod launch;
 mod open;
+mod pin;
 mod plan;
 mod policy;
 mod relay;

@@ -4,6 +4,8 @@
 use std::collections::HashMap;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::ptrace::{self, Options};
 use nix::sys::signal::{Signal, kill};
@@ -21,6 +23,8 @@ pub struct Call {
     pub number: i64,
     /// The arguments.
     pub arguments: [u64; 6],
+    /// For clone3(2), the flags that its first argument points to.
+    pub clone_flags: Option<u64>,
 }
 
 /// What becomes of a call.
@@ -32,8 +36,8 @@ pub enum Verdict {
     Return(i64),
     /// It is made with another value in the argument of this index.
     Argument(usize, u64),
-    /// Nothing of the tree is looked at any more.
-    Detach,
+    /// clone3(2) is made with these flags.
+    CloneFlags(u64),
 }
 
 /// What is known of a traced process.
@@ -67,7 +71,28 @@ pub fn run(command: &mut Command, mut decide: impl FnMut(&Call) -> Verdict) -> E
         | Options::PTRACE_O_EXITKILL;
     ptrace::seize(root, options).expect("the shell is traced");
     kill(root, Signal::SIGCONT).expect("the shell goes on");
-    Tracer { root, seen: HashMap::new(), order: 0, executed: false }.follow(&mut decide)
+    let done = Arc::new(AtomicBool::new(false));
+    let watchdog = watch(root, Arc::clone(&done));
+    let status = Tracer { root, seen: HashMap::new(), order: 0, executed: false }.follow(&mut decide);
+    done.store(true, Ordering::Relaxed);
+    assert!(!watchdog.join().expect("the watchdog ends"), "the run did not end within {HANG_SECONDS} s");
+    status
+}
+
+/// After this a run hangs.
+const HANG_SECONDS: u64 = 20;
+
+/// Kills the run when it hangs; says whether it had to.
+fn watch(root: Pid, done: Arc<AtomicBool>) -> std::thread::JoinHandle<bool> {
+    std::thread::spawn(move || {
+        for _ in 0..HANG_SECONDS * 100 {
+            if done.load(Ordering::Relaxed) {
+                return false;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        kill(root, Signal::SIGKILL).is_ok()
+    })
 }
 
 struct Tracer {
@@ -129,7 +154,12 @@ impl Tracer {
         let arguments =
             [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9];
         let number = registers.orig_rax.cast_signed();
-        let call = Call { process: traced.process, ordinal: traced.calls, number, arguments };
+        let clone_flags = if number == libc::SYS_clone3 {
+            ptrace::read(pid, registers.rdi as ptrace::AddressType).ok().map(i64::cast_unsigned)
+        } else {
+            None
+        };
+        let call = Call { process: traced.process, ordinal: traced.calls, number, arguments, clone_flags };
         traced.calls += 1;
         match decide(&call) {
             Verdict::Pass => {}
@@ -146,9 +176,8 @@ impl Tracer {
                 }
                 let _ = ptrace::setregs(pid, registers);
             }
-            Verdict::Detach => {
-                let _ = ptrace::detach(pid, None);
-                return;
+            Verdict::CloneFlags(flags) => {
+                let _ = ptrace::write(pid, registers.rdi as ptrace::AddressType, flags.cast_signed());
             }
         }
         go_on(pid, None);

@@ -373,3 +373,10 @@ pub fn settle(done: impl Fn() -> bool, message: impl Fn() -> String) {
     }
     panic!("{}", message());
 }
+
+impl Leftovers {
+    /// Whether no process of a slot is there.
+    pub fn has_no_process(&self) -> bool {
+        self.processes.is_empty()
+    }
+}
