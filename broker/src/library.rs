@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use sandbox::{Library, Policy, PolicyError, Presets};
+use sandbox::{Library, POLICY_BYTES_MAX, Policy, PolicyError, Presets};
 
 /// The policies of this host and this caller.
 pub struct Policies {
@@ -22,8 +22,8 @@ impl Policies {
     /// The policy that `wanted` names: a file, if it holds a `/` or ends in `.toml`, else a name.
     pub fn load(&self, wanted: &str) -> Result<Policy, LoadError> {
         if wanted.contains('/') || wanted.ends_with(".toml") {
-            let text = std::fs::read_to_string(wanted)
-                .map_err(|source| LoadError::Read { path: wanted.into(), source })?;
+            let text =
+                read(Path::new(wanted)).map_err(|source| LoadError::Read { path: wanted.into(), source })?;
             Ok(Policy::parse(wanted, &text, self)?)
         } else {
             Ok(Policy::named(wanted, self)?)
@@ -50,7 +50,7 @@ impl Policies {
 impl Library for Policies {
     fn find(&self, name: &str) -> Option<String> {
         match self.file(name) {
-            Some(path) => std::fs::read_to_string(path).ok(),
+            Some(path) => read(&path).ok(),
             None => Presets.find(name),
         }
     }
@@ -73,6 +73,20 @@ impl Library for Policies {
         names.sort();
         names
     }
+}
+
+/// A regular file, no further than a policy can go; a FIFO or a device would never end.
+fn read(path: &Path) -> std::io::Result<String> {
+    use std::io::Read;
+    use std::os::unix::fs::OpenOptionsExt;
+    let nonblocking = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or_default();
+    let file = std::fs::OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    let mut text = String::new();
+    file.take(POLICY_BYTES_MAX as u64 + 1).read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// Why a policy could not be loaded.

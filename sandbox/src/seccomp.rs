@@ -101,3 +101,352 @@ fn statement(code: u16, k: u32) -> sock_filter {
 fn branch(code: u16, k: u32, jt: u8, jf: u8) -> sock_filter {
     sock_filter { code, jt, jf, k }
 }
+
+#[cfg(test)]
+mod tests {
+    use libc::c_long;
+
+    use super::*;
+    use crate::plan::UnixSockets;
+
+    /// struct seccomp_data of linux/seccomp.h.
+    #[derive(Clone, Copy)]
+    struct Call {
+        number: u32,
+        architecture: u32,
+        arguments: [u64; 6],
+    }
+
+    const EPERM: u32 = 0x0005_0001;
+    const ENOSYS: u32 = 0x0005_0026;
+    const ALLOW: u32 = 0x7fff_0000;
+    const KILL_PROCESS: u32 = 0x8000_0000;
+    /// Above what the kernel reads of an `int`: a caller may leave anything there (CVE-2023-1523 of snapd).
+    const HIGH: u64 = 0xdead_beef_0000_0000;
+
+    /// The classic BPF that seccomp(2) takes, by the kernel's definition of the opcodes (linux/bpf_common.h), not by our
+    /// names for them. Panics on what the kernel's verifier refuses and this filter may use: a jump out of the
+    /// program, an unaligned load, an unknown opcode.
+    fn execute(program: &[sock_filter], call: &Call) -> u32 {
+        let (mut at, mut accumulator) = (0, 0_u32);
+        loop {
+            let instruction = &program[at];
+            let k = instruction.k;
+            let jump = |taken: bool| usize::from(if taken { instruction.jt } else { instruction.jf });
+            at += 1;
+            match instruction.code {
+                0x20 => accumulator = load(call, k),
+                0x54 => accumulator &= k,
+                0x05 => at += k as usize,
+                0x15 => at += jump(accumulator == k),
+                0x25 => at += jump(accumulator > k),
+                0x35 => at += jump(accumulator >= k),
+                0x45 => at += jump(accumulator & k != 0),
+                0x06 => return k,
+                code => panic!("instruction {}: {code:#x} is not one this filter should use", at - 1),
+            }
+        }
+    }
+
+    fn load(call: &Call, offset: u32) -> u32 {
+        assert!(offset.is_multiple_of(4), "offset {offset} is not aligned");
+        let half = |value: u64, high: bool| if high { (value >> 32) as u32 } else { value as u32 };
+        match offset {
+            0 => call.number,
+            4 => call.architecture,
+            16..64 => half(
+                call.arguments[(offset as usize - 16) / 8],
+                (offset % 8 == 4) ^ cfg!(target_endian = "big"),
+            ),
+            _ => panic!("nothing here decides by offset {offset}"),
+        }
+    }
+
+    fn program(unix_sockets: UnixSockets) -> BpfProgram {
+        compile(SeccompPlan { unix_sockets }).expect("the filter compiles")
+    }
+
+    fn both() -> [BpfProgram; 2] {
+        [program(UnixSockets::Refused), program(UnixSockets::Allowed)]
+    }
+
+    fn call(number: c_long, given: &[u64]) -> Call {
+        let mut arguments = [0; 6];
+        arguments[..given.len()].copy_from_slice(given);
+        Call {
+            number: u32::try_from(number).expect("a call's number"),
+            architecture: ARCHITECTURE,
+            arguments,
+        }
+    }
+
+    /// The verdict holds under both variants, and whatever stands above an argument that the kernel takes as `int`.
+    fn assert_int(number: c_long, given: &[u64], verdict: u32) {
+        for program in both() {
+            assert_eq!(execute(&program, &call(number, given)), verdict, "{number} {given:x?}");
+            let high: Vec<u64> = given.iter().map(|value| value | HIGH).collect();
+            assert_eq!(execute(&program, &call(number, &high)), verdict, "{number} {high:x?}");
+        }
+    }
+
+    fn assert_exact(number: c_long, given: &[u64], verdict: u32) {
+        for program in both() {
+            assert_eq!(execute(&program, &call(number, given)), verdict, "{number} {given:x?}");
+        }
+    }
+
+    #[test]
+    fn jumps_stay_inside_and_the_program_is_short_enough() {
+        for program in both() {
+            // BPF_MAXINSNS of linux/bpf_common.h.
+            assert!(program.len() <= 4096);
+            for (at, instruction) in program.iter().enumerate() {
+                let furthest = match instruction.code {
+                    0x05 => instruction.k as usize,
+                    0x15 | 0x25 | 0x35 | 0x45 => usize::from(instruction.jt.max(instruction.jf)),
+                    _ => continue,
+                };
+                assert!(at + 1 + furthest < program.len(), "instruction {at} jumps {furthest}");
+            }
+            assert_eq!(program.last().map(|last| last.code), Some(0x06), "the end is a return");
+            println!("instructions: {}", program.len());
+        }
+    }
+
+    /// The tree is checked against the table it was made of, number by number: a conditional jump that had to be cut to
+    /// 255 would land on the wrong leaf.
+    #[test]
+    fn the_tree_says_of_every_number_what_the_table_says() {
+        let ranges = numbers::ranges();
+        for program in both() {
+            for number in 0..600 {
+                let verdict = ranges.iter().rev().find(|(first, _)| *first <= number).expect("0 begins").1;
+                let found = execute(&program, &call(c_long::from(number), &[]));
+                match verdict {
+                    Verdict::Allow => assert_eq!(found, ALLOW, "{number}"),
+                    Verdict::Refuse => assert_eq!(found, EPERM, "{number}"),
+                    Verdict::Unknown => assert_eq!(found, ENOSYS, "{number}"),
+                    Verdict::Arguments => assert!([ALLOW, EPERM].contains(&found), "{number}: {found:#x}"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_no_program_can_do_without_is_allowed() {
+        for number in [
+            libc::SYS_read,
+            libc::SYS_write,
+            libc::SYS_close,
+            libc::SYS_mmap,
+            libc::SYS_execve,
+            libc::SYS_exit_group,
+            libc::SYS_futex,
+            libc::SYS_rt_sigreturn,
+            libc::SYS_getrandom,
+            libc::SYS_wait4,
+        ] {
+            assert_exact(number, &[], ALLOW);
+        }
+    }
+
+    /// The calls that container engines refuse too, and those that only root could use.
+    #[test]
+    fn what_reaches_out_of_a_sandbox_is_refused() {
+        #[rustfmt::skip]
+        let refused = [
+            libc::SYS_ptrace, libc::SYS_process_vm_readv, libc::SYS_process_vm_writev, libc::SYS_kcmp, libc::SYS_pidfd_getfd,
+            libc::SYS_mount, libc::SYS_umount2, libc::SYS_pivot_root, libc::SYS_chroot, libc::SYS_move_mount, libc::SYS_open_tree,
+            libc::SYS_fsopen, libc::SYS_fsmount, libc::SYS_fsconfig, libc::SYS_fspick, libc::SYS_mount_setattr,
+            libc::SYS_setns, libc::SYS_unshare, libc::SYS_bpf, libc::SYS_perf_event_open, libc::SYS_userfaultfd,
+            libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register,
+            libc::SYS_keyctl, libc::SYS_add_key, libc::SYS_request_key, libc::SYS_seccomp,
+            libc::SYS_name_to_handle_at, libc::SYS_open_by_handle_at, libc::SYS_fanotify_init,
+            libc::SYS_init_module, libc::SYS_finit_module, libc::SYS_delete_module, libc::SYS_kexec_load, libc::SYS_reboot,
+            libc::SYS_swapon, libc::SYS_swapoff, libc::SYS_acct, libc::SYS_quotactl, libc::SYS_syslog, libc::SYS_vhangup,
+            libc::SYS_settimeofday, libc::SYS_clock_settime, libc::SYS_clock_adjtime, libc::SYS_adjtimex,
+            libc::SYS_sethostname, libc::SYS_setdomainname, libc::SYS_move_pages, libc::SYS_migrate_pages,
+        ];
+        for number in refused {
+            // No arguments make it harmless.
+            for arguments in [[0; 6], [u64::MAX; 6], [1; 6]] {
+                assert_exact(number, &arguments, EPERM);
+            }
+        }
+    }
+
+    /// On ENOSYS a C library takes the older call, whose arguments can be judged.
+    #[test]
+    fn what_cannot_be_judged_or_is_not_known_does_not_exist() {
+        let unused = if cfg!(target_arch = "x86_64") { 335..424 } else { 295..424 };
+        let new = 463..600;
+        for number in unused.chain(new).chain([libc::SYS_clone3, libc::SYS_openat2]) {
+            assert_exact(number, &[], ENOSYS);
+        }
+    }
+
+    /// x32 has its numbers above this bit on x86_64 (`__X32_SYSCALL_BIT`), and the same architecture value.
+    #[test]
+    fn numbers_of_x32_do_not_exist() {
+        for program in both() {
+            for number in (0..600).chain([0x3fff_ffff]) {
+                let foreign = Call { number: 0x4000_0000 + number, ..call(0, &[]) };
+                assert_eq!(execute(&program, &foreign), ENOSYS, "x32 {number}");
+            }
+            assert_eq!(execute(&program, &Call { number: u32::MAX, ..call(0, &[]) }), ENOSYS);
+        }
+    }
+
+    /// i386 and arm (32 bits), the other of ours, and one that does not exist.
+    #[test]
+    fn a_call_of_another_architecture_ends_the_process() {
+        let others = [0x4000_0003, 0x4000_0028, 0xc000_003e, 0xc000_00b7, 0, u32::MAX];
+        for architecture in others.into_iter().filter(|other| *other != ARCHITECTURE) {
+            for (program, number) in both().iter().flat_map(|program| (0..600).map(move |at| (program, at))) {
+                let foreign = Call { architecture, ..call(number, &[]) };
+                assert_eq!(execute(program, &foreign), KILL_PROCESS, "{architecture:#x} {number}");
+            }
+        }
+    }
+
+    #[test]
+    fn ioctl_takes_no_input_faking_and_no_forced_terminal() {
+        // TCGETS, TIOCGWINSZ, FIONREAD, FIOCLEX; TIOCSCTTY without force.
+        for command in [0x5401, 0x5413, 0x541b, 0x5451, 0x540e] {
+            assert_int(libc::SYS_ioctl, &[0, command, 0], ALLOW);
+        }
+        // TIOCSTI, TIOCLINUX, TIOCCONS, TIOCSETD, TIOCVHANGUP, KDSKBENT, SIOCSIFADDR, FS_IOC_SETFLAGS,
+        // NS_GET_USERNS; TIOCSCTTY by force.
+        for command in [0x5412, 0x541c, 0x541d, 0x5423, 0x5437, 0x4b47, 0x8916, 0x4008_6602, 0xb701] {
+            assert_int(libc::SYS_ioctl, &[0, command, 0], EPERM);
+        }
+        assert_exact(libc::SYS_ioctl, &[0, 0x540e, 1], EPERM);
+    }
+
+    #[test]
+    fn clone_makes_threads_and_processes_and_no_namespace() {
+        let thread = 0x003d_0f00;
+        for flags in [17, thread, 0x0100_4011] {
+            assert_exact(libc::SYS_clone, &[flags], ALLOW);
+        }
+        for namespace in [
+            libc::CLONE_NEWNS,
+            libc::CLONE_NEWCGROUP,
+            libc::CLONE_NEWUTS,
+            libc::CLONE_NEWIPC,
+            libc::CLONE_NEWUSER,
+            libc::CLONE_NEWPID,
+            libc::CLONE_NEWNET,
+        ] {
+            for rest in [0, 17, thread, HIGH] {
+                assert_exact(libc::SYS_clone, &[namespace as u64 | rest], EPERM);
+            }
+        }
+    }
+
+    #[test]
+    fn sockets_are_tcp_and_udp_and_unix_only_where_asked_for() {
+        // Close-on-exec and non-blocking are flags of the type.
+        for (family, kind, protocol) in
+            [(2, 1, 0), (10, 1, 6), (2, 2, 17), (10, 2, 0), (2, 0x8_0001, 0), (10, 0x8_0802, 0)]
+        {
+            assert_int(libc::SYS_socket, &[family, kind, protocol], ALLOW);
+        }
+        // Raw, ping, MPTCP, SCTP, packet types of TCP and UDP crossed; every other family with every type.
+        let odd =
+            [(2, 3, 0), (2, 3, 255), (2, 2, 1), (10, 2, 58), (2, 1, 262), (2, 1, 132), (2, 1, 17), (2, 2, 6)];
+        let families = (0..64).filter(|family| ![1, 2, 10].contains(family));
+        let others = families.flat_map(|family| (0..16).map(move |kind| (family, kind, 0)));
+        for (family, kind, protocol) in odd.into_iter().chain(others) {
+            assert_int(libc::SYS_socket, &[family, kind, protocol], EPERM);
+        }
+        for (unix_sockets, verdict) in [(UnixSockets::Refused, EPERM), (UnixSockets::Allowed, ALLOW)] {
+            let program = program(unix_sockets);
+            for (family, kind) in
+                [1, 1 | HIGH].into_iter().flat_map(|family| [1, 2, 5].map(|kind| (family, kind)))
+            {
+                assert_eq!(execute(&program, &call(libc::SYS_socket, &[family, kind, 0])), verdict);
+            }
+        }
+    }
+
+    #[test]
+    fn pairs_of_sockets_are_connected_ones() {
+        for kind in [1, 5, 0x8_0001, 0x8_0805] {
+            assert_int(libc::SYS_socketpair, &[1, kind, 0], ALLOW);
+        }
+        for (family, kind) in [(1, 2), (1, 0x8_0002), (1, 3), (2, 1), (16, 1), (30, 1)] {
+            assert_int(libc::SYS_socketpair, &[family, kind, 0], EPERM);
+        }
+    }
+
+    /// Every call that takes a mode, with the position of that argument.
+    #[test]
+    fn no_call_sets_a_set_id_bit() {
+        let mut calls = vec![
+            (libc::SYS_fchmod, 1, vec![]),
+            (libc::SYS_fchmodat, 2, vec![]),
+            (libc::SYS_fchmodat2, 2, vec![]),
+            (libc::SYS_openat, 3, vec![0, 0, libc::O_CREAT as u64]),
+            // O_TMPFILE makes a file without O_CREAT.
+            (libc::SYS_openat, 3, vec![0, 0, libc::O_TMPFILE as u64]),
+            (libc::SYS_mknodat, 2, vec![]),
+        ];
+        #[cfg(target_arch = "x86_64")]
+        calls.extend([
+            (libc::SYS_chmod, 1, vec![]),
+            (libc::SYS_open, 2, vec![0, libc::O_CREAT as u64]),
+            (libc::SYS_creat, 1, vec![]),
+            (libc::SYS_mknod, 1, vec![]),
+        ]);
+        for (number, position, mut given) in calls {
+            given.resize(position, 0);
+            // mkdir(2) ignores set-id bits, and mknod(2) wants a type with the mode for more than a file.
+            for mode in [0o4000, 0o2000, 0o6000, 0o4755, 0o2755, 0o6777] {
+                assert_int(number, &[given.as_slice(), &[mode]].concat(), EPERM);
+            }
+            let harmless = if [libc::SYS_mknodat, 133].contains(&number) { 0o644 } else { 0o1777 };
+            assert_int(number, &[given.as_slice(), &[harmless]].concat(), ALLOW);
+        }
+        // Without creation the mode means nothing, whatever the register holds.
+        assert_exact(libc::SYS_openat, &[0, 0, 0, u64::MAX], ALLOW);
+    }
+
+    #[test]
+    fn devices_are_not_made() {
+        for (kind, verdict) in [
+            (0o010_000, ALLOW),
+            (0o140_000, ALLOW),
+            (0o100_000, ALLOW),
+            (0o020_000, EPERM),
+            (0o060_000, EPERM),
+        ] {
+            assert_int(libc::SYS_mknodat, &[0, 0, kind | 0o600, 0x103], verdict);
+        }
+    }
+
+    #[test]
+    fn the_core_limit_can_be_read_and_not_changed() {
+        let core = u64::from(libc::RLIMIT_CORE);
+        for (given, verdict) in
+            [([0, core, 0], ALLOW), ([0, core, 8], EPERM), ([0, core, HIGH], EPERM), ([0, 7, 8], ALLOW)]
+        {
+            assert_exact(libc::SYS_prlimit64, &given, verdict);
+            assert_exact(libc::SYS_prlimit64, &[given[0], given[1] | HIGH, given[2]], verdict);
+        }
+        assert_int(libc::SYS_setrlimit, &[core, 8], EPERM);
+        assert_int(libc::SYS_setrlimit, &[7, 8], ALLOW);
+    }
+
+    #[test]
+    fn fcntl_takes_no_lease_and_no_directory_notice() {
+        // F_DUPFD, F_SETLK, F_SETOWN_EX, F_OFD_SETLK, F_GETLEASE, F_DUPFD_CLOEXEC, F_ADD_SEALS.
+        for command in [0, 6, 15, 37, 1025, 1030, 1033] {
+            assert_int(libc::SYS_fcntl, &[0, command, 0], ALLOW);
+        }
+        // F_SETLEASE, F_NOTIFY.
+        for command in [1024, 1026] {
+            assert_int(libc::SYS_fcntl, &[0, command, 0], EPERM);
+        }
+    }
+}

@@ -4,14 +4,14 @@
 //! at the same time agree through [`Registry`] who takes it away, and the next run takes away what a killed one left.
 
 use std::fs::{DirBuilder, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, CWD, FileType, FlockOperation, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, chownat, flock,
-    fstat, fstatfs, mkdirat, openat, openat2, statat, unlinkat,
+    AtFlags, CWD, FileType, FlockOperation, Gid, Mode, OFlags, ResolveFlags, Stat, StatxFlags, Uid, chownat,
+    flock, fstat, fstatfs, makedev, mkdirat, openat, openat2, statx, unlinkat,
 };
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
@@ -106,8 +106,31 @@ pub(crate) struct Workspace {
 struct Held {
     parent: OwnedFd,
     name: PathBuf,
-    found: Stat,
+    found: Identity,
+    placeholder: Placeholder,
     lock: File,
+}
+
+/// Which file something is. The kernel gives an inode's number again as soon as it is free, so its birth counts too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    born_ns: i128,
+    kind: FileType,
+}
+
+impl Identity {
+    fn of(parent: &OwnedFd, name: &Path) -> rustix::io::Result<Identity> {
+        let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+        let found = statx(parent, name, AtFlags::SYMLINK_NOFOLLOW, wanted)?;
+        Ok(Identity {
+            device: makedev(found.stx_dev_major, found.stx_dev_minor),
+            inode: found.stx_ino,
+            born_ns: i128::from(found.stx_btime.tv_sec) * 1_000_000_000 + i128::from(found.stx_btime.tv_nsec),
+            kind: FileType::from_raw_mode(found.stx_mode.into()),
+        })
+    }
 }
 
 impl Workspace {
@@ -196,7 +219,7 @@ fn user_namespace(uid_map: &str, gid_map: &str) -> io::Result<OwnedFd> {
     }
 }
 
-/// The placeholders of all runs on this host: a file for each, named by device and inode, in a directory that only root can
+/// The placeholders of all runs on this host: a file for each, named by device, inode and birth, in a directory that only root can
 /// open. Every run that relies on a placeholder keeps its file locked; a workload can lock nothing here.
 struct Registry {
     directory: PathBuf,
@@ -212,24 +235,24 @@ impl Registry {
         Ok(Registry { directory: directory.to_owned(), _turn: turn })
     }
 
-    fn path(&self, found: &Stat) -> PathBuf {
-        self.directory.join(format!("{}-{}", found.st_dev, found.st_ino))
+    fn path(&self, found: &Identity) -> PathBuf {
+        self.directory.join(format!("{}-{}-{}", found.device, found.inode, found.born_ns))
     }
 
     /// The lock of `found`, if it is a placeholder: of another run, or of one that was killed.
-    fn known(&self, found: &Stat) -> io::Result<Option<File>> {
+    fn known(&self, found: &Identity) -> io::Result<Option<File>> {
         let path = self.path(found);
         if path.exists() { self.register(found).map(Some) } else { Ok(None) }
     }
 
-    fn register(&self, found: &Stat) -> io::Result<File> {
+    fn register(&self, found: &Identity) -> io::Result<File> {
         let lock = lock_file(&self.path(found))?;
         flock(&lock, FlockOperation::NonBlockingLockShared)?;
         Ok(lock)
     }
 
     /// Whether nobody else relies on it; then it is forgotten.
-    fn forget(&self, found: &Stat, lock: &File) -> bool {
+    fn forget(&self, found: &Identity, lock: &File) -> bool {
         let last = flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok();
         last && std::fs::remove_file(self.path(found)).is_ok()
     }
@@ -292,22 +315,24 @@ fn cover(
     for part in path.components() {
         let name = PathBuf::from(part.as_os_str());
         walked.push(&name);
-        let found = match statat(&parent, &name, AtFlags::SYMLINK_NOFOLLOW) {
+        // A file holds its place only directly; above it, as anywhere, a directory does.
+        let placeholder = if walked == path { placeholder } else { &Placeholder::Directory };
+        let found = match Identity::of(&parent, &name) {
             Err(Errno::NOENT) => {
-                // A file holds its place only directly; above it, as anywhere, a directory does.
-                let placeholder = if walked == path { placeholder } else { &Placeholder::Directory };
                 return make(registry, parent, name, owner, placeholder).map(|held| (walked, Some(held)));
             }
             other => other?,
         };
-        let kind = FileType::from_raw_mode(found.st_mode);
-        if kind.is_symlink() {
+        if found.kind.is_symlink() {
             return Err(Errno::LOOP.into());
         }
-        if let Some(lock) = registry.known(&found)? {
-            return Ok((walked, Some(Held { parent, name, found, lock })));
+        if is_untouched(&parent, &name, found, placeholder)
+            && let Some(lock) = registry.known(&found)?
+        {
+            let placeholder = placeholder.clone();
+            return Ok((walked, Some(Held { parent, name, found, placeholder, lock })));
         }
-        if !kind.is_dir() {
+        if !found.kind.is_dir() {
             break;
         }
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
@@ -334,14 +359,14 @@ fn make(
                 .inspect_err(|_| remove(&parent, &name, placeholder_flags(placeholder)))?;
         }
     }
-    let adopt = || -> io::Result<(Stat, File)> {
+    let adopt = || -> io::Result<(Identity, File)> {
         let owner = (Some(Uid::from_raw(owner.st_uid)), Some(Gid::from_raw(owner.st_gid)));
         chownat(&parent, &name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)?;
-        let found = statat(&parent, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+        let found = Identity::of(&parent, &name)?;
         Ok((found, registry.register(&found)?))
     };
     match adopt() {
-        Ok((found, lock)) => Ok(Held { parent, name, found, lock }),
+        Ok((found, lock)) => Ok(Held { parent, name, found, placeholder: placeholder.clone(), lock }),
         Err(error) => {
             remove(&parent, &name, placeholder_flags(placeholder));
             Err(error)
@@ -358,18 +383,31 @@ fn placeholder_flags(placeholder: &Placeholder) -> AtFlags {
 
 fn release(registry: &Registry, held: &[Held]) {
     // Children before their parents.
-    for Held { parent, name, found, lock } in held.iter().rev() {
-        let is_still = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|now| {
-            (now.st_dev, now.st_ino, now.st_size) == (found.st_dev, found.st_ino, found.st_size)
-        });
-        if registry.forget(found, lock) && is_still {
-            let directory = FileType::from_raw_mode(found.st_mode).is_dir();
-            remove(parent, name, if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() });
+    for Held { parent, name, found, placeholder, lock } in held.iter().rev() {
+        let last = registry.forget(found, lock);
+        if last && Identity::of(parent, name) == Ok(*found) && is_untouched(parent, name, *found, placeholder)
+        {
+            remove(parent, name, placeholder_flags(placeholder));
         }
     }
 }
 
-/// A directory goes only while it is empty, so nothing of anybody's can be lost.
+/// Whether what stands there can be the placeholder: a directory, or a file that still says what was written into it.
+fn is_untouched(parent: &OwnedFd, name: &Path, found: Identity, placeholder: &Placeholder) -> bool {
+    match placeholder {
+        Placeholder::Directory => found.kind.is_dir(),
+        Placeholder::File(content) => found.kind.is_file() && says(parent, name, content).unwrap_or(false),
+    }
+}
+
+fn says(parent: &OwnedFd, name: &Path, content: &str) -> io::Result<bool> {
+    let file = openat(parent, name, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty())?;
+    let mut text = Vec::new();
+    File::from(file).take(content.len() as u64 + 1).read_to_end(&mut text)?;
+    Ok(text == content.as_bytes())
+}
+
+/// A directory goes only while it is empty; a file only when it was just seen to be ours.
 fn remove(parent: &OwnedFd, name: &Path, flags: AtFlags) {
     let _ = unlinkat(parent, name, flags);
 }

@@ -27,8 +27,7 @@ const DIRECTORIES: [&str; 13] = [
     "/srv",
 ];
 
-const FILES: [&str; 4] =
-    ["/etc/ld.so.cache", "/etc/ssl/openssl.cnf", "/etc/bash.bashrc", "/home/dev/.netrc"];
+const FILES: [&str; 4] = ["/etc/ld.so.cache", "/etc/ssl/openssl.cnf", "/etc/bash.bashrc", "/home/dev/.netrc"];
 
 /// Links: what they say, and the directory where they end. The last two are common ways to choose a version: one ends
 /// inside a tree that is shown anyway, one beside itself.
@@ -77,8 +76,7 @@ fn host() -> Host {
 
 fn plan(preset: &str) -> Plan {
     let policy = Policy::named(preset, &Presets).expect("a preset parses");
-    let workspace =
-        WorkspaceWish { directory: "/home/dev/project".into(), mode: WorkspaceMode::ReadWrite };
+    let workspace = WorkspaceWish { directory: "/home/dev/project".into(), mode: WorkspaceMode::ReadWrite };
     let wishes = Wishes {
         command: vec!["true".into()],
         workspace: Some(workspace),
@@ -177,7 +175,8 @@ fn diff(golden: &str, found: &str) -> String {
             j += 1;
         }
     }
-    let near = |at: usize| (at.saturating_sub(2)..lines.len().min(at + 3)).any(|i| !lines[i].starts_with("  "));
+    let near =
+        |at: usize| (at.saturating_sub(2)..lines.len().min(at + 3)).any(|i| !lines[i].starts_with("  "));
     (0..lines.len()).filter(|at| near(*at)).map(|at| format!("{}\n", lines[at])).collect()
 }
 
