@@ -1,15 +1,19 @@
-//! `broker exec --tty`: a fresh terminal, and the caller's own left as it was.
+//! What may not go in: the caller's own terminal, files and sockets. `--tty` gives a fresh terminal, anything else is
+//! relayed; pipes and `/dev/null` pass.
 //!
 //! Method: a real pseudo-terminal stands for the caller's; a session of its own has it as its controlling terminal,
-//! as under a terminal emulator. Oracles: what that terminal shows, its size, its modes and its input queue.
+//! as under a terminal emulator. Oracles: what that terminal shows, its size, its modes and its input queue;
+//! of the other streams, what `stat` says on both sides, and the bytes.
 
+use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use broker_tests::{eventually, program, within};
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{InputModes, LocalModes, OutputModes, Termios, Winsize, tcgetattr, tcsetwinsize};
 
@@ -38,7 +42,7 @@ impl Outer {
         unlockpt(&emulator).expect("it can be used");
         let terminal = ioctl_tiocgptpeer(&emulator, flags).expect("its other side");
         let shown = Arc::new(Mutex::new(Vec::new()));
-        let mut reader = std::fs::File::from(emulator.try_clone().expect("a descriptor"));
+        let mut reader = File::from(emulator.try_clone().expect("a descriptor"));
         let sink = Arc::clone(&shown);
         std::thread::spawn(move || {
             let mut bytes = [0; 4096];
@@ -69,7 +73,7 @@ impl Outer {
     }
 
     fn type_in(&self, keys: &str) {
-        let mut emulator = std::fs::File::from(self.emulator.try_clone().expect("a descriptor"));
+        let mut emulator = File::from(self.emulator.try_clone().expect("a descriptor"));
         emulator.write_all(keys.as_bytes()).expect("it takes keys");
     }
 
@@ -191,15 +195,6 @@ fn an_interactive_shell_stops_continues_and_interrupts_jobs() {
 }
 
 #[test]
-fn keys_that_interrupt_go_to_the_inside_and_end_the_command_there() {
-    let outer = Outer::new(24, 80);
-    let running = outer.start(&line("echo READY; exec sleep 1000"));
-    outer.expect("READY");
-    outer.type_in(CONTROL_C);
-    assert_eq!(running.ended().code(), Some(128 + libc::SIGINT), "{}", outer.screen());
-}
-
-#[test]
 fn the_size_is_the_callers_at_the_start_and_after_every_change() {
     let outer = Outer::new(33, 77);
     let running = outer.start(&line(
@@ -220,44 +215,31 @@ fn the_size_is_the_callers_at_the_start_and_after_every_change() {
 fn the_callers_terminal_is_raw_during_the_run_and_as_before_after_it_however_it_ends() {
     use nix::sys::signal::Signal::SIGTERM;
     let hold = "echo READY; exec sleep 1000";
-    let ways: [(&str, Command, &[&str], i32); 5] = [
+    let ways: [(&str, Command, &[&str], i32); 7] = [
         ("by itself", line("echo READY; read x; exit 3"), &["\r"], 3),
-        ("at the time limit", on_tty(&["--timeout", "1500ms"], &["sh", "-c", hold]), &[], 124),
+        ("at the time limit", on_tty(&["--timeout", "3s"], &["sh", "-c", hold]), &[], 124),
         ("by a signal to the broker", line(hold), &[], 128 + libc::SIGTERM),
         ("by a signal to the command", line("echo READY; read x; kill -9 $$"), &["\r"], 128 + libc::SIGKILL),
         ("after the inside broke its own terminal", line("stty -echo raw; echo READY; head -c1"), &["x"], 0),
+        ("before its start", on_tty(&[], &["/no/such/program"]), &[], 127),
+        ("at its start", on_tty(&[], &["/tmp"]), &[], 126),
     ];
     for (way, command, keys, code) in ways {
         let outer = Outer::new(24, 80);
         let before = comparable(&outer.modes());
-        assert!(
-            before.2.contains(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG),
-            "a usual terminal"
-        );
+        let usual = LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG;
+        assert!(before.2.contains(usual), "a usual terminal");
         let running = outer.start(&command);
-        outer.expect("READY");
-        let during = outer.modes().local_modes;
-        assert!(
-            !during.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG),
-            "{way}: not raw"
-        );
+        if ![126, 127].contains(&code) {
+            outer.expect("READY");
+            assert!(!outer.modes().local_modes.intersects(usual), "{way}: not raw");
+        }
         if way == "by a signal to the broker" {
             running.signal(SIGTERM);
         }
         keys.iter().for_each(|key| outer.type_in(key));
         assert_eq!(running.ended().code(), Some(code), "{way}: {}", outer.screen());
         assert_eq!(comparable(&outer.modes()), before, "{way}: the caller's terminal is not as it was");
-    }
-}
-
-#[test]
-fn a_command_that_never_starts_leaves_the_callers_terminal_as_it_was() {
-    for (command, code) in [("/no/such/program", 127), ("/tmp", 126)] {
-        let outer = Outer::new(24, 80);
-        let before = comparable(&outer.modes());
-        let running = outer.start(&on_tty(&[], &[command]));
-        assert_eq!(running.ended().code(), Some(code), "{}", outer.screen());
-        assert_eq!(comparable(&outer.modes()), before);
     }
 }
 
@@ -307,4 +289,117 @@ fn nothing_is_typed_into_the_callers_terminal_from_inside() {
     outer.expect("PUSHED");
     assert_eq!(outer.waiting(), 0, "typed into the caller's terminal");
     assert!(!outer.screen().contains("touch pwned"), "{}", outer.screen());
+}
+
+/// What `stat` says inside of the standard streams of a command that `change` has given them: kind, inode, device.
+fn streams_inside(change: impl FnOnce(&mut Command)) -> Vec<String> {
+    let workspace = tempfile::tempdir().expect("a temporary directory");
+    // The shell's own are copied first: standard output is the file while stat runs.
+    let script = "exec 3<&0 4>&1 5>&2; \
+                  for n in 3 4 5; do stat -Lc '%F %i %d %t:%T' /proc/$$/fd/$n; done >/workspace/streams 2>&1";
+    let mut command = Command::new(program("broker"));
+    command
+        .args(["exec", "--embedded", "--workspace"])
+        .arg(workspace.path())
+        .args(["--", "sh", "-c", script]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    change(&mut command);
+    assert_eq!(command.status().expect("it runs").code(), Some(0));
+    let seen = fs::read_to_string(workspace.path().join("streams")).expect("what stat said");
+    assert_eq!(seen.lines().count(), 3, "{seen}");
+    seen.lines().map(str::to_owned).collect()
+}
+
+/// The same of a stream on the host.
+fn on_host(kind: &str, stream: impl AsFd) -> String {
+    let found = rustix::fs::fstat(stream).expect("fstat");
+    let device = (rustix::fs::major(found.st_rdev), rustix::fs::minor(found.st_rdev));
+    format!("{kind} {} {} {:x}:{:x}", found.st_ino, found.st_dev, device.0, device.1)
+}
+
+#[test]
+fn pipes_pass_as_they_are() {
+    let ((input, _w), (_r, output), (_q, errors)) = (pipe(), pipe(), pipe());
+    let wanted = [on_host("fifo", &input), on_host("fifo", &output), on_host("fifo", &errors)];
+    let seen = streams_inside(|command| {
+        command.stdin(input).stdout(output).stderr(errors);
+    });
+    assert_eq!(seen, wanted);
+}
+
+fn pipe() -> (std::io::PipeReader, std::io::PipeWriter) {
+    std::io::pipe().expect("a pipe")
+}
+
+#[test]
+fn the_null_device_passes_and_takes_the_place_of_what_is_closed() {
+    let null = on_host("character special file", File::open("/dev/null").expect("/dev/null"));
+    assert_eq!(streams_inside(|_| {}), [null.clone(), null.clone(), null]);
+    for closing in ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"] {
+        let seen = streams_inside(|command| {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", &format!("exec \"$@\" {closing}"), "sh"]).arg(command.get_program());
+            shell.args(command.get_args()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            *command = shell;
+        });
+        assert!(seen.iter().all(|stream| stream.ends_with(" 1:3")), "{closing}: {seen:?}");
+    }
+}
+
+#[test]
+fn files_sockets_named_pipes_and_terminals_are_relayed_and_a_nameless_pipe_is_what_is_inside() {
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let path = folder.path().join("file");
+    let open = || OpenOptions::new().read(true).append(true).create(true).open(&path).expect("a file");
+    let named = folder.path().join("named");
+    nix::unistd::mkfifo(&named, nix::sys::stat::Mode::S_IRWXU).expect("a named pipe");
+    let (socket, _peer) = UnixStream::pair().expect("a pair");
+    let outer = Outer::new(24, 80);
+    let fifo = OpenOptions::new().read(true).write(true).open(&named).expect("the named pipe");
+    let streams: [OwnedFd; 4] =
+        [open().into(), socket.into(), fifo.into(), outer.terminal.try_clone().expect("it")];
+    for stream in streams {
+        let callers = rustix::fs::fstat(&stream).expect("fstat");
+        for number in 0..3 {
+            let given = Stdio::from(stream.try_clone().expect("a descriptor"));
+            let seen = streams_inside(|command| match number {
+                // Input that never ends must not hold the run either.
+                0 => drop(command.stdin(given)),
+                1 => drop(command.stdout(given)),
+                _ => drop(command.stderr(given)),
+            });
+            assert!(seen[number].starts_with("fifo "), "stream {number}: {seen:?}");
+            let same = format!("fifo {} {} 0:0", callers.st_ino, callers.st_dev);
+            assert_ne!(seen[number], same, "stream {number} is the caller's own");
+        }
+    }
+}
+
+/// Ten megabytes that no compression, newline or buffer of anybody's fits.
+#[test]
+fn ten_megabytes_go_in_and_come_out_unchanged_through_pipes_and_through_the_relay() {
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+    let mut data = Vec::new();
+    File::open("/dev/urandom").expect("randomness").take(10_000_019).read_to_end(&mut data).expect("bytes");
+    fs::write(&from, &data).expect("a file");
+    let cat = || {
+        let mut broker = Command::new(program("broker"));
+        broker.args(["exec", "--embedded", "--", "cat"]);
+        broker
+    };
+    let mut relayed = cat();
+    relayed.stdin(File::open(&from).expect("it")).stdout(File::create(&to).expect("it"));
+    assert_eq!(relayed.status().expect("broker runs").code(), Some(0));
+    assert!(fs::read(&to).expect("the copy") == data, "the relay changed them");
+    let mut child = cat().stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("broker starts");
+    let mut input = child.stdin.take().expect("a pipe");
+    let writer = std::thread::spawn({
+        let data = data.clone();
+        move || input.write_all(&data)
+    });
+    let output = child.wait_with_output().expect("its output");
+    writer.join().expect("no panic").expect("all was taken");
+    assert_eq!(output.status.code(), Some(0));
+    assert!(output.stdout == data, "the pipes changed them");
 }
