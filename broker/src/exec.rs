@@ -12,9 +12,9 @@ use crate::library::Policies;
 const CANNOT: u8 = 125;
 
 /// Runs the command; the exit status is as `INTERFACES` says.
-pub fn run(arguments: Box<ExecArguments>) -> ExitCode {
+pub fn run(arguments: ExecArguments) -> ExitCode {
     let report_to = arguments.report.clone();
-    let (policy, plan) = match prepare(*arguments) {
+    let (policy, plan) = match prepare(arguments) {
         Ok(prepared) => prepared,
         Err(error) => return refuse(&error),
     };

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     match cli::parse() {
-        cli::Command::Exec(arguments) => exec::run(arguments),
+        cli::Command::Exec(arguments) => exec::run(*arguments),
         cli::Command::Policy(command) => policy::run(command),
         cli::Command::Doctor { json } => doctor::run(json),
         cli::Command::Completions { shell } => {

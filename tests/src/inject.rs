@@ -58,8 +58,9 @@ pub fn run(command: &mut Command, mut decide: impl FnMut(&Call) -> Verdict) -> E
     if let Some(directory) = command.get_current_dir() {
         stopped.current_dir(directory);
     }
-    // A group of its own, so that waiting here never takes another test's child.
     stopped.process_group(0);
+    // Reaped below, by waitpid(2) of everything: the tests that call this are the only ones of their binary.
+    #[expect(clippy::zombie_processes, reason = "the tracer waits for the whole tree itself")]
     let child = stopped.spawn().expect("the shell starts");
     let root = Pid::from_raw(child.id().cast_signed());
     waitpid(root, Some(WaitPidFlag::WUNTRACED)).expect("the shell stops itself");
