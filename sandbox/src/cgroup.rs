@@ -84,22 +84,23 @@ impl Group {
         match plan.version {
             CgroupVersion::V2 => {
                 let top = cgroup2_root().join(TOP);
+                let directory = top.join(name);
+                // Noted before it is made, so that a half-made group is removed too.
+                self.directories.push((None, directory.clone()));
                 make_directory(&top, true)?;
                 for parent in [cgroup2_root(), top.as_path()] {
                     let wanted: Vec<_> =
                         controllers(plan).map(|controller| format!("+{}", controller.name())).collect();
                     write(&parent.join("cgroup.subtree_control"), &wanted.join(" "))?;
                 }
-                let directory = top.join(name);
                 make_directory(&directory, false)?;
-                self.directories.push((None, directory));
                 self.limit_v2(plan)
             }
             CgroupVersion::V1 => {
                 for controller in controllers(plan) {
                     let directory = cgroup1_root(controller).join(TOP).join(&name);
+                    self.directories.push((Some(controller), directory.clone()));
                     make_directory(&directory, false)?;
-                    self.directories.push((Some(controller), directory));
                 }
                 self.limit_v1(plan)
             }

@@ -375,6 +375,21 @@ pub fn settle(done: impl Fn() -> bool, message: impl Fn() -> String) {
 }
 
 impl Leftovers {
+    /// What is here and was not there before, and the other way round.
+    pub fn beyond(&self, before: &Leftovers) -> String {
+        fn only<'a, T: PartialEq>(one: &'a [T], other: &[T]) -> Vec<&'a T> {
+            one.iter().filter(|entry| !other.contains(entry)).collect()
+        }
+        format!(
+            "new: {:?} {:?} {:?}; gone: {:?} {:?}",
+            only(&self.mounts, &before.mounts),
+            only(&self.groups, &before.groups),
+            only(&self.processes, &before.processes),
+            only(&before.mounts, &self.mounts),
+            only(&before.groups, &self.groups),
+        )
+    }
+
     /// Whether no process of a slot is there.
     pub fn has_no_process(&self) -> bool {
         self.processes.is_empty()

@@ -72,7 +72,7 @@ fn whatever_call_of_the_set_up_fails_nothing_is_left_and_nothing_runs_unconfined
         }
         broker_tests::settle(
             || leftovers() == before,
-            || format!("{target:?}: {:?}\n{before:?}", leftovers()),
+            || format!("{target:?}: {}", leftovers().beyond(&before)),
         );
         assert_eq!(listing(workspace.path()), content, "{target:?} left something in the workspace");
     }

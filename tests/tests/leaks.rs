@@ -34,12 +34,12 @@ fn runs_leave_nothing_whether_they_end_or_are_killed() {
     let before = leftovers();
     assert!(broker().args(["--", "true"]).status().expect("it runs").success(), "the control itself works");
     // What exists only since the first run ever on this host, and stays: the lock files.
-    settle(|| leftovers() == before, || format!("one run left {:?}", leftovers()));
+    settle(|| leftovers() == before, || format!("one run left {}", leftovers().beyond(&before)));
     let namespaces = network_namespaces();
     many_runs(runs());
-    settle(|| leftovers() == before, || format!("{} runs left {:?}", runs(), leftovers()));
+    settle(|| leftovers() == before, || format!("{} runs left {}", runs(), leftovers().beyond(&before)));
     killed_runs();
-    settle(|| leftovers() == before, || format!("killed runs left {:?}", leftovers()));
+    settle(|| leftovers() == before, || format!("killed runs left {}", leftovers().beyond(&before)));
     // They are taken down by a worker of the kernel, in its own time.
     let slack = 40;
     settle(
