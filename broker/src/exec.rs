@@ -22,7 +22,8 @@ pub fn run(arguments: ExecArguments) -> ExitCode {
     let status = match &ran {
         Ok(report) => {
             explain(report);
-            report.outcome.exit_status()
+            // Output that got lost is no success, whatever the command made of it.
+            if report.denials.output_errno.is_some() { CANNOT } else { report.outcome.exit_status() }
         }
         Err(error) => {
             eprintln!("broker: {error}");
@@ -94,6 +95,9 @@ fn explain(report: &Report) {
             );
         }
         _ => {}
+    }
+    if let Some(errno) = report.denials.output_errno {
+        eprintln!("broker: output was lost: {}", std::io::Error::from_raw_os_error(errno));
     }
     if report.denials.output_bytes > 0 {
         eprintln!(

@@ -113,7 +113,11 @@ impl std::fmt::Display for LoadError {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             LoadError::Read { path, source } => {
-                write!(out, "cannot read the policy {}: {source}", path.display())
+                write!(
+                    out,
+                    "cannot read the policy file {}: {source}; `broker policy list` shows those with a name",
+                    path.display()
+                )
             }
             LoadError::Policy(error) => error.fmt(out),
         }

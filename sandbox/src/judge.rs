@@ -117,5 +117,6 @@ fn denials(counts: Option<Counts>, copied: Option<Copied>) -> Denials {
         pids: counts.map_or(0, |counts| counts.pids_refused),
         oom_kills: counts.map_or(0, |counts| counts.oom_kills),
         output_bytes: copied.map_or(0, |copied| copied.dropped_bytes),
+        output_errno: copied.and_then(|copied| copied.error),
     }
 }

@@ -163,9 +163,8 @@ fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Op
     let pin = Pin::here();
     let entry = group.map(Group::entry).transpose().map_err(LaunchError::Group)?;
     let image = image(plan).map_err(call("command"))?;
-    let trees = open::trees(plan, workspace).map_err(LaunchError::Tree)?;
-    let streams =
-        streams::make(plan.streams, &trees.terminals, slot.uid()).map_err(call("standard streams"))?;
+    let trees = open::trees(plan, workspace, slot.uid()).map_err(LaunchError::Tree)?;
+    let streams = streams::make(plan.streams, &trees.terminals).map_err(call("standard streams"))?;
     let Streams { inside, flows, terminal } = streams;
     let relay = (!flows.is_empty()).then(|| Relay::start(flows, plan.output_bytes_max, slot.relay_uid()));
     let relay = relay.transpose().map_err(call("relay"))?;

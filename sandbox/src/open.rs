@@ -25,7 +25,7 @@ pub struct OpenError {
 }
 
 /// Everything that the child attaches.
-pub(crate) fn trees(plan: &Plan, workspace: Option<&Workspace>) -> Result<Trees, OpenError> {
+pub(crate) fn trees(plan: &Plan, workspace: Option<&Workspace>, uid: u32) -> Result<Trees, OpenError> {
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |source| OpenError { path, source }
@@ -39,7 +39,7 @@ pub(crate) fn trees(plan: &Plan, workspace: Option<&Workspace>) -> Result<Trees,
         system: sources.map(|path| tree(path).map_err(failed(path))).collect::<Result<_, _>>()?,
         workspace: mount.map_err(failed(Path::new("workspace")))?,
         protect: workspace.map(|workspace| workspace.protect.clone()).unwrap_or_default(),
-        terminals: terminals().map_err(failed(Path::new("/dev/pts")))?,
+        terminals: terminals(uid).map_err(failed(Path::new("/dev/pts")))?,
     })
 }
 
@@ -61,10 +61,13 @@ fn tree(path: &Path) -> io::Result<OwnedFd> {
     Ok(mount)
 }
 
-/// A devpts(5) of its own, not yet mounted anywhere.
-fn terminals() -> io::Result<OwnedFd> {
+/// A devpts(5) of its own, not yet mounted anywhere; its terminals belong to the workload.
+fn terminals(uid: u32) -> io::Result<OwnedFd> {
     let context = fsopen("devpts", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    for (key, value) in [("ptmxmode", "0666"), ("mode", "0620"), ("gid", "5"), ("max", "64")] {
+    let uid = uid.to_string();
+    for (key, value) in
+        [("ptmxmode", "0666"), ("mode", "0620"), ("uid", uid.as_str()), ("gid", uid.as_str()), ("max", "64")]
+    {
         fsconfig_set_string(context.as_fd(), key, value)?;
     }
     fsconfig_create(context.as_fd())?;
@@ -73,13 +76,11 @@ fn terminals() -> io::Result<OwnedFd> {
 }
 
 /// A terminal of `terminals`: the side that stays outside, and the one that goes in.
-pub(crate) fn terminal(terminals: &OwnedFd, uid: u32) -> io::Result<(OwnedFd, OwnedFd)> {
+pub(crate) fn terminal(terminals: &OwnedFd) -> io::Result<(OwnedFd, OwnedFd)> {
     use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
     let outside = openat(terminals, "ptmx", flags, Mode::empty())?;
     unlockpt(&outside)?;
     let inside = ioctl_tiocgptpeer(&outside, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
-    let owner = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(uid));
-    rustix::fs::fchown(&inside, Some(owner.0), Some(owner.1))?;
     Ok((outside, inside))
 }

@@ -45,7 +45,12 @@ pub(crate) struct Copied {
     pub output_bytes: u64,
     /// Bytes dropped because of the cap.
     pub dropped_bytes: u64,
+    /// Why the caller's stream took no more, where that is not just that nobody reads it.
+    pub error: Option<i32>,
 }
+
+/// Two counts and an errno.
+const COUNTS_BYTES: usize = 20;
 
 /// The relay's buffer for each flow, and the most that is read or written at once.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -80,14 +85,27 @@ impl Relay {
         rustix::io::retry_on_intr(|| {
             rustix::process::waitid(id.clone(), rustix::process::WaitIdOptions::EXITED)
         })?;
-        let mut bytes = [0_u8; 16];
+        let mut bytes = [0_u8; COUNTS_BYTES];
         let length = rustix::io::read(&self.counts, &mut bytes)?;
-        if length != bytes.len() {
-            return Err(io::Error::from_raw_os_error(libc::EPIPE));
-        }
-        let (output, dropped) = bytes.split_at(8);
-        let number = |half: &[u8]| half.try_into().map(u64::from_ne_bytes).unwrap_or(0);
-        Ok(Copied { output_bytes: number(output), dropped_bytes: number(dropped) })
+        Copied::decode(&bytes[..length]).ok_or_else(|| io::Error::from_raw_os_error(libc::EPIPE))
+    }
+}
+
+impl Copied {
+    fn encode(self) -> Vec<u8> {
+        let [output, dropped] = [self.output_bytes, self.dropped_bytes].map(u64::to_ne_bytes);
+        [output.as_slice(), &dropped, &self.error.unwrap_or(0).to_ne_bytes()].concat()
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Copied> {
+        let (output, rest) = bytes.split_first_chunk::<8>()?;
+        let (dropped, rest) = rest.split_first_chunk::<8>()?;
+        let error = i32::from_ne_bytes(rest.try_into().ok()?);
+        Some(Copied {
+            output_bytes: u64::from_ne_bytes(*output),
+            dropped_bytes: u64::from_ne_bytes(*dropped),
+            error: (error != 0).then_some(error),
+        })
     }
 }
 
@@ -135,12 +153,21 @@ struct Copying {
     buffer: Vec<u8>,
     filled: usize,
     written: usize,
+    /// Whether the last byte that went through was not the end of a line.
+    in_line: bool,
     ended: bool,
 }
 
 fn copy_all(flows: Vec<Flow>, cap: Option<u64>, report: &OwnedFd) -> i32 {
     let mut copied = Copied::default();
-    let start = |flow| Copying { flow, buffer: vec![0; BUFFER_BYTES], filled: 0, written: 0, ended: false };
+    let start = |flow| Copying {
+        flow,
+        buffer: vec![0; BUFFER_BYTES],
+        filled: 0,
+        written: 0,
+        in_line: false,
+        ended: false,
+    };
     let mut under_way: Vec<Copying> = flows.into_iter().map(start).collect();
     // When all that comes out has come, nobody is there to read what goes in.
     while under_way.iter().any(|copying| copying.flow.direction == Direction::Out)
@@ -163,8 +190,7 @@ fn copy_all(flows: Vec<Flow>, cap: Option<u64>, report: &OwnedFd) -> i32 {
         }
         under_way.retain(|copying| !copying.ended);
     }
-    let [output, dropped] = [copied.output_bytes, copied.dropped_bytes].map(u64::to_ne_bytes);
-    let _ = rustix::io::write(report, &[output, dropped].concat());
+    let _ = rustix::io::write(report, &copied.encode());
     0
 }
 
@@ -189,11 +215,18 @@ impl Copying {
         } else {
             let end = self.filled.min(self.written + SAFE_WRITE_BYTES);
             match rustix::io::write(&self.flow.to, &self.buffer[self.written..end]) {
-                Ok(count) => self.written += count,
+                Ok(count) => {
+                    self.written += count;
+                    self.in_line = self.buffer[self.written - 1] != b'\n';
+                }
                 Err(Errno::INTR | Errno::AGAIN) => {}
-                // Nobody reads any more. What comes out has to be read on, or the workload would wait for ever.
-                Err(_) if self.flow.direction == Direction::Out => self.written = self.filled,
-                Err(_) => self.ended = true,
+                // The workload's end closes with the flow, and it gets SIGPIPE, as if it had written there itself.
+                Err(error) => {
+                    self.ended = true;
+                    if self.flow.direction == Direction::Out && error != Errno::PIPE {
+                        copied.error = Some(error.raw_os_error());
+                    }
+                }
             }
         }
     }
@@ -218,7 +251,9 @@ impl Copying {
 
     fn end(&mut self) -> usize {
         if self.flow.direction == Direction::InTerminal {
-            let _ = rustix::io::write(&self.flow.to, &[END_OF_FILE]);
+            // After an unfinished line the first only hands that line over.
+            let count = if self.in_line { 2 } else { 1 };
+            let _ = rustix::io::write(&self.flow.to, &[END_OF_FILE; 2][..count]);
         }
         self.ended = true;
         0

@@ -135,4 +135,6 @@ pub struct Denials {
     pub oom_kills: u64,
     /// Bytes of output over the cap.
     pub output_bytes: u64,
+    /// Why the caller's own stream took no more of the output: an errno.
+    pub output_errno: Option<i32>,
 }

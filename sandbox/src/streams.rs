@@ -45,10 +45,10 @@ pub(crate) struct Streams {
 }
 
 /// The streams of `plan`.
-pub(crate) fn make(plan: StreamsPlan, terminals: &OwnedFd, uid: u32) -> io::Result<Streams> {
+pub(crate) fn make(plan: StreamsPlan, terminals: &OwnedFd) -> io::Result<Streams> {
     match plan {
         StreamsPlan::Each(plans) => each(plans),
-        StreamsPlan::Terminal => fresh_terminal(terminals, uid),
+        StreamsPlan::Terminal => fresh_terminal(terminals),
     }
 }
 
@@ -80,8 +80,8 @@ fn null() -> io::Result<OwnedFd> {
     Ok(open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-fn fresh_terminal(terminals: &OwnedFd, uid: u32) -> io::Result<Streams> {
-    let (outside, inside) = open::terminal(terminals, uid)?;
+fn fresh_terminal(terminals: &OwnedFd) -> io::Result<Streams> {
+    let (outside, inside) = open::terminal(terminals)?;
     let mut flows = Vec::new();
     if let Some(input) = standard_stream(0) {
         let (from, to) = (input.try_clone_to_owned()?, outside.try_clone()?);
@@ -109,7 +109,8 @@ impl CallersTerminal {
                 let before = tcgetattr(input)?;
                 let mut raw = before.clone();
                 raw.make_raw();
-                tcsetattr(input, OptionalActions::Flush, &raw)?;
+                // What was typed ahead is for the command.
+                tcsetattr(input, OptionalActions::Drain, &raw)?;
                 Some(before)
             }
             None => None,
@@ -131,7 +132,7 @@ impl CallersTerminal {
 impl Drop for CallersTerminal {
     fn drop(&mut self) {
         if let (Some(before), Some(input)) = (&self.before, standard_stream(0)) {
-            let _ = tcsetattr(input, OptionalActions::Flush, before);
+            let _ = tcsetattr(input, OptionalActions::Drain, before);
         }
     }
 }

@@ -60,7 +60,11 @@ impl std::fmt::Display for WorkspaceError {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             WorkspaceError::Open { path, source } => {
-                write!(out, "cannot open the workspace {}: {source}", path.display())
+                write!(
+                    out,
+                    "cannot open the workspace {}: {source}; name a directory that you can open",
+                    path.display()
+                )
             }
             WorkspaceError::Idmap { path, overlay: true, .. } => write!(
                 out,
