@@ -10,7 +10,6 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::process::{Pid, WaitOptions, kill_process, wait};
 
 use crate::confine::{Confined, Failure, Stage};
-use crate::pin::Pin;
 use crate::sys::{Image, exit_now, spawn};
 
 /// What init, or the child that becomes it, says on the status pipe: one message of [`MESSAGE_BYTES`] bytes.
@@ -70,8 +69,8 @@ pub(crate) fn setup_failed(status: &OwnedFd, failure: &Failure) -> ! {
 }
 
 /// The life of init. Only what is confined gets here.
-pub(crate) fn live(_: &Confined, image: &Image, status: &OwnedFd, pin: &Pin) -> ! {
-    match start(image, status, pin) {
+pub(crate) fn live(_: &Confined, image: &Image, status: &OwnedFd) -> ! {
+    match start(image, status) {
         Ok((workload, signals)) => tend(workload, &signals, status),
         Err(error) => {
             say(status, Message::ExecFailed { errno: error.raw_os_error().unwrap_or(libc::EINVAL) })
@@ -79,7 +78,7 @@ pub(crate) fn live(_: &Confined, image: &Image, status: &OwnedFd, pin: &Pin) -> 
     }
 }
 
-fn start(image: &Image, status: &OwnedFd, pin: &Pin) -> io::Result<(Pid, SignalFd)> {
+fn start(image: &Image, status: &OwnedFd) -> io::Result<(Pid, SignalFd)> {
     // Changing the uid has cleared it, so it could not be set before.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     if launcher_is_gone(status) {
@@ -87,7 +86,6 @@ fn start(image: &Image, status: &OwnedFd, pin: &Pin) -> io::Result<(Pid, SignalF
     }
     SigSet::all().thread_block()?;
     let signals = SignalFd::with_flags(&SigSet::all(), SfdFlags::SFD_CLOEXEC)?;
-    pin.release();
     let workload = spawn(image)?;
     // What is at the other end of the streams sees the end of the workload, not of init.
     let null = rustix::fs::open(

@@ -162,7 +162,7 @@ fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Op
     let Parts { plan, filter, slot, group, signals } = *parts;
     let pin = Pin::here();
     let entry = group.map(Group::entry).transpose().map_err(LaunchError::Group)?;
-    let image = image(plan).map_err(call("command"))?;
+    let image = image(plan, &pin).map_err(call("command"))?;
     let trees = open::trees(plan, workspace, slot.uid()).map_err(LaunchError::Tree)?;
     let streams = streams::make(plan.streams, &trees.terminals).map_err(call("standard streams"))?;
     let Streams { inside, flows, terminal } = streams;
@@ -179,7 +179,7 @@ fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Op
             let kept = [said.as_fd(), slot.lock().as_fd()];
             let prepared = Prepared { plan, filter, trees, entry, uid: slot.uid(), streams: inside, kept };
             match confine(prepared) {
-                Ok(confined) => init::live(&confined, &image, &said, &pin),
+                Ok(confined) => init::live(&confined, &image, &said),
                 Err(failure) => init::setup_failed(&said, &failure),
             }
         }
@@ -195,7 +195,7 @@ fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Op
 }
 
 /// What execve(2) gets.
-fn image(plan: &Plan) -> io::Result<Image> {
+fn image(plan: &Plan, pin: &Pin) -> io::Result<Image> {
     let command = &plan.command;
     let candidates = command.candidates.iter().map(|path| CString::new(path.as_os_str().as_bytes()));
     let arguments = command.arguments.iter().map(|argument| CString::new(argument.as_bytes()));
@@ -210,6 +210,7 @@ fn image(plan: &Plan) -> io::Result<Image> {
         arguments.collect::<Result<_, _>>()?,
         environment.collect::<Result<_, _>>()?,
         plan.streams == crate::plan::StreamsPlan::Terminal,
+        pin.processors(),
     ))
 }
 

@@ -1,4 +1,4 @@
-//! Keeps the set-up on one processor. Each hand-over from one process to the next would otherwise wake another processor, which
+//! Keeps the set-up, and init, on one processor. Each hand-over from one process to the next would otherwise wake another processor, which
 //! in a virtual machine costs more than most steps of the set-up (measured: a tenth of the whole start).
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
@@ -18,16 +18,16 @@ impl Pin {
         Pin { before: before.filter(|_| sched_setaffinity(None, &one).is_ok()) }
     }
 
-    /// Back to where the caller may run; a child that inherited the pin calls it too.
-    pub(crate) fn release(&self) {
-        if let Some(before) = &self.before {
-            let _ = sched_setaffinity(None, before);
-        }
+    /// Where the caller may run, and so the command.
+    pub(crate) fn processors(&self) -> Option<CpuSet> {
+        self.before
     }
 }
 
 impl Drop for Pin {
     fn drop(&mut self) {
-        self.release();
+        if let Some(before) = &self.before {
+            let _ = sched_setaffinity(None, before);
+        }
     }
 }

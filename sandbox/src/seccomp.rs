@@ -302,8 +302,8 @@ mod tests {
         }
         // CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET of linux/sched.h.
         for bit in [17, 25, 26, 27, 28, 29, 30] {
-            let rests = [0, 17, thread, HIGH].iter();
-            rests.for_each(|rest| assert_exact(libc::SYS_clone, &[1 << bit | rest], REFUSED));
+            let rests = [0, 17, thread, HIGH];
+            rests.iter().for_each(|rest| assert_exact(libc::SYS_clone, &[1 << bit | rest], REFUSED));
         }
     }
 

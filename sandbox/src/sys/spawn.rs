@@ -6,6 +6,7 @@ use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use rustix::process::Pid;
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 /// Everything that execve(2) needs, laid out before.
 #[derive(Debug)]
@@ -14,18 +15,20 @@ pub struct Image {
     arguments: Vec<CString>,
     environment: Vec<CString>,
     controlling_terminal: bool,
+    processors: Option<CpuSet>,
 }
 
 impl Image {
     /// `candidates` are tried in order until one can be executed. With `controlling_terminal` standard input becomes
-    /// that of the new session.
+    /// that of the new session; with `processors` it may run on those, wherever init itself may.
     pub fn new(
         candidates: Vec<CString>,
         arguments: Vec<CString>,
         environment: Vec<CString>,
         controlling_terminal: bool,
+        processors: Option<CpuSet>,
     ) -> Image {
-        Image { candidates, arguments, environment, controlling_terminal }
+        Image { candidates, arguments, environment, controlling_terminal, processors }
     }
 }
 
@@ -34,6 +37,7 @@ struct Request<'a> {
     arguments: Vec<*const libc::c_char>,
     environment: Vec<*const libc::c_char>,
     controlling_terminal: bool,
+    processors: Option<&'a CpuSet>,
     errno: AtomicI32,
 }
 
@@ -50,6 +54,7 @@ pub fn spawn(image: &Image) -> io::Result<Pid> {
         arguments: pointers(&image.arguments),
         environment: pointers(&image.environment),
         controlling_terminal: image.controlling_terminal,
+        processors: image.processors.as_ref(),
         errno: AtomicI32::new(0),
     };
     let mut stack = vec![0_u8; STACK_BYTES];
@@ -81,6 +86,9 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
 extern "C" fn child(request: *mut libc::c_void) -> libc::c_int {
     // SAFETY: `spawn` passes a Request that lives until this child has gone.
     let request = unsafe { &*request.cast::<Request<'_>>() };
+    if let Some(processors) = request.processors {
+        let _ = sched_setaffinity(None, processors);
+    }
     // SAFETY: plain system calls on values; sigaction and sigset are valid when all zero (SIG_DFL, empty), and signal
     // dispositions are this process's own, since CLONE_SIGHAND is not given.
     unsafe {
