@@ -212,6 +212,11 @@ pub enum PlanError {
         /// The gap to name in `allow_gaps`.
         gap: Gap,
     },
+    /// The policy names a place that is the sandbox's own.
+    Reserved {
+        /// Which.
+        path: PathBuf,
+    },
     /// Only root can be the caller here.
     NotRoot,
 }
@@ -243,6 +248,13 @@ impl fmt::Display for PlanError {
                     "what the policy asks for leaves a gap on this kernel; name it to accept it: allow_gaps = [\"{gap}\"]"
                 )
             }
+            PlanError::Reserved { path } => {
+                write!(
+                    out,
+                    "{} cannot be shown: inside, that place is the sandbox's own; name what is needed below it",
+                    path.display()
+                )
+            }
             PlanError::NotRoot => {
                 out.write_str("only root can start a sandbox on this host without the daemon; run as root")
             }
@@ -264,7 +276,7 @@ impl Plan {
         let mut gaps = Vec::new();
         let workspace = workspace(policy, job);
         let base = files::base();
-        let files = files::steps(policy, host, &base);
+        let files = files::steps(policy, host, &base)?;
         Ok(Plan {
             policy: policy.name().to_owned(),
             cgroup: cgroup(policy, job, host, &mut gaps)?,

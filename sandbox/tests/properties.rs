@@ -99,6 +99,20 @@ fn standing(named: &[(String, PathKind)]) -> BTreeMap<PathBuf, PathKind> {
     named.iter().map(|(path, kind)| (expand(path), kind.clone())).collect()
 }
 
+/// The plan; a case that names one of the sandbox's own places is not one, and must have been refused for that.
+macro_rules! planned {
+    ($plan:expr) => {
+        match $plan {
+            Err(PlanError::Reserved { path }) => {
+                let own = ["/dev", "/proc", "/workspace", "/mnt", "/etc", "/run", "/tmp", "/var", "/home"];
+                prop_assert!(own.iter().any(|place| path.starts_with(place)), "{}", path.display());
+                return Err(TestCaseError::reject("one of the sandbox's own places"));
+            }
+            plan => plan.expect("the host has all it takes"),
+        }
+    };
+}
+
 proptest! {
     // A failure prints its input; files beside the tests would be left behind.
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
@@ -153,7 +167,7 @@ proptest! {
         let mut paths = standing(&named);
         // What the host has and the policy does not name.
         paths.extend(["/home/dev/.aws", "/root", "/srv"].map(|path| (path.into(), PathKind::Directory)));
-        let plan = plan(&policy, &host(paths)).expect("the host has all it takes");
+        let plan = planned!(plan(&policy, &host(paths)));
         let mut allowed: BTreeSet<(PathBuf, bool)> = BTreeSet::new();
         for (path, kind) in &named {
             match kind {
@@ -173,7 +187,7 @@ proptest! {
     /// Whatever stands on the host, and wherever links say that they lead.
     #[test]
     fn every_step_acts_on_a_plain_absolute_path(named in named_paths()) {
-        let plan = plan(&parse(&reading(&named)), &host(standing(&named))).expect("the host has all it takes");
+        let plan = planned!(plan(&parse(&reading(&named)), &host(standing(&named))));
         for step in plan.base.iter().chain(&plan.files) {
             let mut parts = step.path().components();
             prop_assert_eq!(parts.next(), Some(Component::RootDir), "{}", step);
@@ -184,7 +198,7 @@ proptest! {
     /// A step's parent is made before it, or is part of what is shown already.
     #[test]
     fn every_step_finds_its_parent_and_none_is_made_twice(named in named_paths()) {
-        let plan = plan(&parse(&reading(&named)), &host(standing(&named))).expect("the host has all it takes");
+        let plan = planned!(plan(&parse(&reading(&named)), &host(standing(&named))));
         let mut there = BTreeSet::from([PathBuf::from("/")]);
         for step in plan.base.iter().chain(&plan.files) {
             let path = step.path();
@@ -197,7 +211,6 @@ proptest! {
 
     /// Directories above and below each other, far from the sandbox's own places.
     #[test]
-    #[ignore = "fault: what is named after something below it is not shown"]
     fn what_is_named_is_shown_whatever_the_order(paths in vec("/usr(/bin(/a)?)?|/opt(/go(/bin)?)?", 0..6)) {
         let distinct: Vec<_> = paths.iter().enumerate().filter(|(at, path)| !paths[..*at].contains(path))
             .map(|(_, path)| (path.clone(), PathKind::Directory)).collect();

@@ -49,7 +49,7 @@ fn search_path(host: &Host, files: &[Step]) -> Vec<PathBuf> {
     let shown = |directory: &PathBuf| {
         files.iter().any(|step| match step {
             Step::Tree { path, directory: true, .. } => directory.starts_with(path),
-            Step::Symlink { path, .. } => directory == path,
+            Step::Symlink { path, .. } => directory.starts_with(path),
             _ => false,
         })
     };

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::{INNER_ID, LandlockAccess};
 use crate::host::{Host, PathKind};
+use crate::plan::PlanError;
 use crate::policy::{ByteSize, Policy};
 
 /// Where a workspace is mounted.
@@ -183,19 +184,30 @@ pub(crate) fn base() -> Vec<Step> {
 }
 
 /// What comes after the base, in order.
-pub(super) fn steps(policy: &Policy, host: &Host, base: &[Step]) -> Vec<Step> {
+pub(super) fn steps(policy: &Policy, host: &Host, base: &[Step]) -> Result<Vec<Step>, PlanError> {
     let made = base.iter().map(|step| step.path().to_owned()).collect();
     let mut root = Root { made, ..Root::default() };
     // Before the trees, so that one of those may lie below a private place.
     private_places(&mut root, policy);
-    for path in policy.file().files.read.iter().filter_map(|path| host.caller.expand(path)) {
-        root.show(&path, host);
-    }
+    root.show(&shown(policy, host)?, host);
     root.steps.push(Step::Terminals { path: "/dev/pts".into() });
     // From here on the root is read-only, so that what covers is read-only too.
     root.steps.push(Step::Seal { path: "/".into() });
     proc(&mut root);
-    root.steps
+    Ok(root.steps)
+}
+
+/// What the policy names, `~/` replaced. Places that are the sandbox's own cannot be the host's.
+fn shown(policy: &Policy, host: &Host) -> Result<Vec<PathBuf>, PlanError> {
+    let whole = ["/dev", "/proc", WORKSPACE, EMPTY];
+    let itself = ["/etc", "/run", "/tmp", "/var", "/home", HOME];
+    let read = policy.file().files.read.iter().filter_map(|path| host.caller.expand(path));
+    let check = |path: PathBuf| {
+        let reserved = whole.iter().any(|place| path.starts_with(place))
+            || itself.iter().any(|place| path == Path::new(place));
+        if reserved { Err(PlanError::Reserved { path }) } else { Ok(path) }
+    };
+    read.map(check).collect()
 }
 
 /// The steps so far and the directories that they made.
@@ -239,20 +251,26 @@ impl Root {
         self.trees.iter().any(|tree| path.starts_with(tree))
     }
 
-    /// A tree of the host at its own place; for a symbolic link, the link and what it leads to.
-    fn show(&mut self, path: &Path, host: &Host) {
-        match host.kind(path) {
-            PathKind::Absent => {}
-            PathKind::Directory => self.tree(path, true),
-            PathKind::File => self.tree(path, false),
-            PathKind::Symlink { target, resolved } => {
-                if let Some((end, directory)) = resolved {
-                    self.tree(end, *directory);
-                    if let Some(parent) = path.parent() {
-                        self.directory(parent);
-                    }
-                    self.link(path, target);
+    /// Trees of the host at their own places; for a symbolic link, the link and what it leads to. Parents come before what
+    /// is below them, in whatever order they were named.
+    fn show(&mut self, paths: &[PathBuf], host: &Host) {
+        let real = |path: &PathBuf| match host.kind(path) {
+            PathKind::Absent | PathKind::Symlink { resolved: None, .. } => None,
+            PathKind::Directory => Some((path.clone(), true)),
+            PathKind::File => Some((path.clone(), false)),
+            PathKind::Symlink { resolved: Some(end), .. } => Some(end.clone()),
+        };
+        let mut trees: Vec<(PathBuf, bool)> = paths.iter().filter_map(real).collect();
+        trees.sort();
+        for (path, directory) in trees {
+            self.tree(&path, directory);
+        }
+        for path in paths {
+            if let PathKind::Symlink { target, resolved: Some(_) } = host.kind(path) {
+                if let Some(parent) = path.parent() {
+                    self.directory(parent);
                 }
+                self.link(path, target);
             }
         }
     }
