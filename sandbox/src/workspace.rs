@@ -7,6 +7,7 @@ use std::fs::{DirBuilder, File};
 use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{
@@ -22,6 +23,10 @@ use crate::sys::{self, MountAttributes, Reach, Side};
 
 /// `OVERLAYFS_SUPER_MAGIC`.
 const OVERLAY_MAGIC: u64 = 0x794c_7630;
+
+/// How often, and with which pause, a run asks for its turn: 10 s in all, where a turn takes a millisecond.
+const TURN_TRIES: u32 = 10_000;
+const TURN_PAUSE: Duration = Duration::from_millis(1);
 
 /// Why a workspace cannot be used.
 #[derive(Debug)]
@@ -235,8 +240,15 @@ impl Registry {
     fn open(directory: &Path) -> io::Result<Registry> {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         let turn = lock_file(&directory.join("turn"))?;
-        flock(&turn, FlockOperation::LockExclusive)?;
-        Ok(Registry { directory: directory.to_owned(), _turn: turn })
+        for _ in 0..TURN_TRIES {
+            match flock(&turn, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::WOULDBLOCK) => std::thread::sleep(TURN_PAUSE),
+                other => {
+                    return Ok(other.map(|()| Registry { directory: directory.to_owned(), _turn: turn })?);
+                }
+            }
+        }
+        Err(Errno::BUSY.into())
     }
 
     fn path(&self, found: &Identity) -> PathBuf {
@@ -405,7 +417,12 @@ fn is_untouched(parent: &OwnedFd, name: &Path, found: Identity, placeholder: &Pl
 }
 
 fn says(parent: &OwnedFd, name: &Path, content: &str) -> io::Result<bool> {
-    let file = openat(parent, name, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty())?;
+    // Somebody may be swapping a FIFO in at this moment: that must neither wait nor be read.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = openat(parent, name, flags, Mode::empty())?;
+    if !FileType::from_raw_mode(fstat(&file)?.st_mode).is_file() {
+        return Ok(false);
+    }
     let mut text = Vec::new();
     File::from(file).take(content.len() as u64 + 1).read_to_end(&mut text)?;
     Ok(text == content.as_bytes())
