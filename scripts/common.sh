@@ -26,4 +26,4 @@ packages() {
 root() { [ "$(id -u)" = 0 ] || die "run as root: sandboxes need it until another way is there"; }
 
 # The newest build of a program of the workspace.
-built() { { ls -t target/*/release/"$1" target/release/"$1" 2>/dev/null || true; } | head -1; }
+built() { { ls -t "${CARGO_TARGET_DIR:-$PWD/target}"/*/release/"$1" "${CARGO_TARGET_DIR:-$PWD/target}"/release/"$1" 2>/dev/null || true; } | head -1; }

@@ -167,7 +167,10 @@ pub fn parse() -> Command {
 
 /// Prints completions for `shell`.
 pub fn completions(shell: clap_complete::Shell) {
-    clap_complete::generate(shell, &mut Cli::command(), "broker", &mut std::io::stdout());
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "broker", &mut text);
+    // A reader that has seen enough is no error.
+    let _ = std::io::Write::write_all(&mut std::io::stdout(), &text);
 }
 
 /// Writes a page for each command into `directory`.

@@ -1,12 +1,13 @@
 //! `broker exec`: one confined run.
 
-use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use sandbox::{Caller, Host, Job, LaunchError, Plan, Policy, Report, Terminal, Wishes};
 
 use crate::cli::{EnvArgument, ExecArguments};
 use crate::library::Policies;
+use crate::report_file::ReportFile;
 
 /// What `broker exec` exits with when it could not do what was asked.
 const CANNOT: u8 = 125;
@@ -14,9 +15,18 @@ const CANNOT: u8 = 125;
 /// Runs the command; the exit status is as `INTERFACES` says.
 pub fn run(arguments: ExecArguments) -> ExitCode {
     let report_to = arguments.report.clone();
+    let report_file = match report_to.as_deref().map(ReportFile::open).transpose() {
+        Ok(file) => file,
+        Err(error) => return cannot_report(report_to.as_deref(), &error),
+    };
     let (policy, plan) = match prepare(arguments) {
         Ok(prepared) => prepared,
-        Err(error) => return refuse(&error),
+        Err(error) => {
+            let outcome = serde_json::json!({ "kind": "setup_failed", "step": "plan", "message": error });
+            let text = format!("{:#}\n", serde_json::json!({ "outcome": outcome }));
+            let _ = report_file.map(|file| file.write(&text));
+            return refuse(&error);
+        }
     };
     let ran = sandbox::run(&plan, &sandbox::shared_directory());
     let status = match &ran {
@@ -30,10 +40,10 @@ pub fn run(arguments: ExecArguments) -> ExitCode {
             CANNOT
         }
     };
-    if let Some(path) = report_to
-        && let Err(error) = write_report(&path, &ran, &policy, &plan)
+    if let Some(file) = report_file
+        && let Err(error) = report_text(&ran, &policy, &plan).and_then(|text| file.write(&text))
     {
-        return refuse(&format!("cannot write the report {}: {error}", path.display()));
+        return cannot_report(report_to.as_deref(), &error);
     }
     ExitCode::from(status)
 }
@@ -107,12 +117,7 @@ fn explain(report: &Report) {
     }
 }
 
-fn write_report(
-    path: &std::path::Path,
-    ran: &Result<Report, LaunchError>,
-    policy: &Policy,
-    plan: &Plan,
-) -> std::io::Result<()> {
+fn report_text(ran: &Result<Report, LaunchError>, policy: &Policy, plan: &Plan) -> std::io::Result<String> {
     let value = match ran {
         Ok(report) => report.to_json(policy, plan),
         Err(error) => {
@@ -121,11 +126,11 @@ fn write_report(
     };
     let mut text = serde_json::to_string_pretty(&value?)?;
     text.push('\n');
-    if path == std::path::Path::new("-") {
-        std::io::stdout().write_all(text.as_bytes())
-    } else {
-        std::fs::write(path, text)
-    }
+    Ok(text)
+}
+
+fn cannot_report(path: Option<&Path>, error: &std::io::Error) -> ExitCode {
+    refuse(&format!("cannot write the report {}: {error}", path.unwrap_or(Path::new("-")).display()))
 }
 
 fn refuse(message: &str) -> ExitCode {

@@ -5,6 +5,7 @@ mod doctor;
 mod exec;
 mod library;
 mod policy;
+mod report_file;
 
 use std::process::ExitCode;
 

@@ -1,6 +1,7 @@
 //! `broker policy`: what policies there are, and what they come to.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::process::ExitCode;
 
 use sandbox::{Caller, Host, Job, Library, Plan, Policy, Stream, Wishes};
@@ -35,8 +36,13 @@ fn load(policies: &Policies, name: &str) -> Result<Policy, String> {
 
 fn print(value: &impl serde::Serialize) -> Result<(), String> {
     let text = serde_json::to_string_pretty(value).map_err(|error| error.to_string())?;
-    println!("{text}");
+    say(&format!("{text}\n"));
     Ok(())
+}
+
+/// A reader that has seen enough is no error.
+fn say(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 fn list(policies: &Policies, json: bool) -> Result<(), String> {
@@ -53,7 +59,7 @@ fn list(policies: &Policies, json: bool) -> Result<(), String> {
         return print(&rows.iter().map(row).collect::<Vec<_>>());
     }
     for (origin, name, description) in rows {
-        println!("{name:<12} {origin:<10} {description}");
+        say(&format!("{name:<12} {origin:<10} {description}\n"));
     }
     Ok(())
 }
@@ -73,6 +79,6 @@ fn explain(policy: &Policy, json: bool) -> Result<(), String> {
     if json {
         return print(&plan);
     }
-    print!("{plan}");
+    say(&plan.to_string());
     Ok(())
 }

@@ -86,16 +86,17 @@ fn start(image: &Image, status: &OwnedFd) -> io::Result<(Pid, SignalFd)> {
     }
     SigSet::all().thread_block()?;
     let signals = SignalFd::with_flags(&SigSet::all(), SfdFlags::SFD_CLOEXEC)?;
-    let workload = spawn(image)?;
-    // What is at the other end of the streams sees the end of the workload, not of init.
+    // Before the workload is there to lower a limit of init's; afterwards nothing may fail any more.
     let null = rustix::fs::open(
         "/dev/null",
         rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC,
         rustix::fs::Mode::empty(),
     )?;
-    rustix::stdio::dup2_stdin(&null)?;
-    rustix::stdio::dup2_stdout(&null)?;
-    rustix::stdio::dup2_stderr(&null)?;
+    let workload = spawn(image)?;
+    // What is at the other end of the streams sees the end of the workload, not of init.
+    let _ = rustix::stdio::dup2_stdin(&null);
+    let _ = rustix::stdio::dup2_stdout(&null);
+    let _ = rustix::stdio::dup2_stderr(&null);
     Ok((workload, signals))
 }
 

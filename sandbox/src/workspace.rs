@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, CWD, FileType, FlockOperation, Gid, Mode, OFlags, ResolveFlags, Stat, StatxFlags, Uid, chownat,
+    AtFlags, CWD, FileType, FlockOperation, Gid, Mode, OFlags, ResolveFlags, Stat, StatxFlags, Uid, fchown,
     flock, fstat, fstatfs, makedev, mkdirat, openat, openat2, statx, unlinkat,
 };
 use rustix::io::Errno;
@@ -64,6 +64,13 @@ pub enum WorkspaceError {
 impl std::fmt::Display for WorkspaceError {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            // An earlier run on a directory above could have left the link.
+            WorkspaceError::Open { path, source } if source.raw_os_error() == Some(libc::ELOOP) => write!(
+                out,
+                "the workspace {} leads through a symbolic link; name the place itself{}",
+                path.display(),
+                path.canonicalize().map(|end| format!(": {}", end.display())).unwrap_or_default()
+            ),
             WorkspaceError::Open { path, source } => {
                 write!(
                     out,
@@ -151,7 +158,8 @@ impl Workspace {
         let path = &plan.directory;
         let failed = |source: io::Error| WorkspaceError::Open { path: path.clone(), source };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS);
+        let directory =
+            openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS);
         let directory = directory.map_err(|error| failed(error.into()))?;
         let owner = fstat(&directory).map_err(|error| failed(error.into()))?;
         let mount = idmapped(&directory, &owner, plan.mode, uid).map_err(|source| WorkspaceError::Idmap {
@@ -366,18 +374,26 @@ fn make(
     owner: &Stat,
     placeholder: &Placeholder,
 ) -> io::Result<Held> {
-    match placeholder {
-        Placeholder::Directory => mkdirat(&parent, &name, Mode::from_raw_mode(0o755))?,
-        Placeholder::File(content) => {
-            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-            let file = openat(&parent, &name, flags, Mode::from_raw_mode(0o644))?;
-            rustix::io::write(&file, content.as_bytes())
-                .inspect_err(|_| remove(&parent, &name, placeholder_flags(placeholder)))?;
+    let made = || -> io::Result<OwnedFd> {
+        match placeholder {
+            Placeholder::Directory => {
+                mkdirat(&parent, &name, Mode::from_raw_mode(0o755))?;
+                let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                Ok(openat2(&parent, &name, flags, Mode::empty(), resolve)?)
+            }
+            Placeholder::File(content) => {
+                let flags =
+                    OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+                let file = openat(&parent, &name, flags, Mode::from_raw_mode(0o644))?;
+                rustix::io::write(&file, content.as_bytes())?;
+                Ok(file)
+            }
         }
-    }
+    };
     let adopt = || -> io::Result<(Identity, File)> {
-        let owner = (Some(Uid::from_raw(owner.st_uid)), Some(Gid::from_raw(owner.st_gid)));
-        chownat(&parent, &name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)?;
+        // By descriptor: another run on this workspace may be swapping something else in.
+        fchown(made()?, Some(Uid::from_raw(owner.st_uid)), Some(Gid::from_raw(owner.st_gid)))?;
         let found = Identity::of(&parent, &name)?;
         Ok((found, registry.register(&found)?))
     };

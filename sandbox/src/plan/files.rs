@@ -189,7 +189,7 @@ pub(super) fn steps(policy: &Policy, host: &Host, base: &[Step]) -> Result<Vec<S
     let mut root = Root { made, ..Root::default() };
     // Before the trees, so that one of those may lie below a private place.
     private_places(&mut root, policy);
-    root.show(&shown(policy, host)?, host);
+    root.show(&shown(policy, host, base)?, host);
     root.steps.push(Step::Terminals { path: "/dev/pts".into() });
     // From here on the root is read-only, so that what covers is read-only too.
     root.steps.push(Step::Seal { path: "/".into() });
@@ -198,13 +198,12 @@ pub(super) fn steps(policy: &Policy, host: &Host, base: &[Step]) -> Result<Vec<S
 }
 
 /// What the policy names, `~/` replaced. Places that are the sandbox's own cannot be the host's.
-fn shown(policy: &Policy, host: &Host) -> Result<Vec<PathBuf>, PlanError> {
+fn shown(policy: &Policy, host: &Host, base: &[Step]) -> Result<Vec<PathBuf>, PlanError> {
     let whole = ["/dev", "/proc", WORKSPACE, EMPTY];
-    let itself = ["/etc", "/run", "/tmp", "/var", "/home", HOME];
     let read = policy.file().files.read.iter().filter_map(|path| host.caller.expand(path));
     let check = |path: PathBuf| {
-        let reserved = whole.iter().any(|place| path.starts_with(place))
-            || itself.iter().any(|place| path == Path::new(place));
+        let reserved =
+            whole.iter().any(|place| path.starts_with(place)) || base.iter().any(|step| step.path() == path);
         if reserved { Err(PlanError::Reserved { path }) } else { Ok(path) }
     };
     read.map(check).collect()

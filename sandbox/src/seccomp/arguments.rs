@@ -9,7 +9,7 @@ use seccompiler::{
     SeccompCondition as Condition, SeccompFilter, SeccompRule, TargetArch,
 };
 
-use crate::plan::{SeccompPlan, UnixSockets};
+use crate::plan::{INNER_ID, SeccompPlan, UnixSockets};
 
 type Conditions = Vec<Condition>;
 type Result<T> = std::result::Result<T, BackendError>;
@@ -120,12 +120,22 @@ fn table(plan: SeccompPlan) -> Result<BTreeMap<c_long, Vec<Conditions>>> {
         PRCTLS.iter().map(|(first, last)| within(0, *first as u64, *last as u64)).collect::<Result<_>>()?,
     );
     add(libc::SYS_personality, vec![vec![equal(0, 0)?], vec![equal(0, 0xffff_ffff)?]]);
+    let (own, kept) = (Some(INNER_ID), None);
+    for call in [libc::SYS_setuid, libc::SYS_setgid] {
+        add(call, own_id(&[&[own]])?);
+    }
+    for call in [libc::SYS_setreuid, libc::SYS_setregid] {
+        add(call, own_id(&[&[kept, own], &[own, own]])?);
+    }
+    for call in [libc::SYS_setresuid, libc::SYS_setresgid] {
+        add(call, own_id(&[&[kept, own, kept], &[own, own, own]])?);
+    }
     add(libc::SYS_fchmod, vec![vec![without(1, SET_ID)?]]);
     add(libc::SYS_fchmodat, vec![vec![without(2, SET_ID)?]]);
     add(libc::SYS_fchmodat2, vec![vec![without(2, SET_ID)?]]);
     add(libc::SYS_openat, opens(2, 3)?);
     add(libc::SYS_mknodat, nodes(2)?);
-    add(libc::SYS_prlimit64, core_limit_kept()?);
+    add(libc::SYS_prlimit64, limits_of_its_own()?);
     #[cfg(target_arch = "x86_64")]
     {
         add(libc::SYS_chmod, vec![vec![without(1, SET_ID)?]]);
@@ -182,10 +192,16 @@ fn nodes(mode: u8) -> Result<Vec<Conditions>> {
         .collect()
 }
 
-/// Any limit may be read; that of core dumps, which keeps core handlers away, may not be changed.
-fn core_limit_kept() -> Result<Vec<Conditions>> {
+/// Any limit may be read. One's own may be changed, init's may not; that of core dumps, which keeps core handlers away, never.
+fn limits_of_its_own() -> Result<Vec<Conditions>> {
     let other = Condition::new(1, Width::Dword, Op::Ne, u64::from(libc::RLIMIT_CORE))?;
-    Ok(vec![vec![other], vec![Condition::new(2, Width::Qword, Op::Eq, 0)?]])
+    Ok(vec![vec![equal(0, 0)?, other], vec![Condition::new(2, Width::Qword, Op::Eq, 0)?]])
+}
+
+/// Changing to the id that one has, as posix_spawn(3) does it for GNU make. There is no other.
+fn own_id(arguments: &[&[Option<u32>]]) -> Result<Vec<Conditions>> {
+    let word = |(at, id): (u8, &Option<u32>)| equal(at, u64::from(id.unwrap_or(u32::MAX)));
+    arguments.iter().map(|ids| (0..).zip(ids.iter()).map(word).collect()).collect()
 }
 
 fn equal(argument: u8, value: u64) -> Result<Condition> {

@@ -127,11 +127,30 @@ fn su_01_legal_links_work() {
     std::fs::write(place.path().join("real/marker"), &token).expect("a file");
     symlink("real", place.path().join("link")).expect("a link");
     symlink("marker", place.path().join("real/inner")).expect("a link");
-    let link = place.path().join("link").display().to_string();
-    let sandbox = Sandbox::new().option("--workspace").option(link);
+    let real = place.path().join("real").display().to_string();
+    let sandbox = Sandbox::new().option("--workspace").option(real);
     let output = sandbox
         .shell("cat inner; /bin/sh -c 'test -d /lib' && test -e /lib64/ld-linux-x86-64.so.2 && echo; pwd");
     assert_eq!(text(&output.stdout), format!("{token}\n/workspace\n"), "SU-01: {output:?}");
+}
+
+/// SU-01, a link that an earlier run planted where the caller names a workspace below its own. Oracle: the exit status, and
+/// that the error names the place itself, which the caller can then choose.
+#[test]
+fn su_01_a_planted_link_does_not_become_the_next_workspace() {
+    let (host, place) = (host_canary(), folder("su-01-"));
+    let first = Sandbox::new().option("--workspace").option(place.path().display().to_string());
+    let target = host.path().display().to_string();
+    assert_eq!(
+        first.shell(&format!("ln -s {target} sub")).status.code(),
+        Some(0),
+        "SU-01: the link is planted"
+    );
+    assert!(place.path().join("sub").is_dir(), "SU-01: the control: whoever follows links is led away");
+    let second = Sandbox::new().option("--workspace").option(place.path().join("sub").display().to_string());
+    let output = second.shell("ls");
+    assert_eq!(output.status.code(), Some(125), "SU-01: {output:?}");
+    assert!(text(&output.stderr).contains(&target), "SU-01: {output:?}");
 }
 
 /// SU-01, the shown paths. Method: a policy shows a directory and a path that leads through a link in it to a
