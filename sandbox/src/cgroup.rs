@@ -206,6 +206,20 @@ impl Group {
         counts
     }
 
+    /// Removes the groups of runs that were killed: those whose slot `is_free` gives away while it is looked at.
+    pub fn sweep<T>(&self, is_free: impl Fn(u32) -> Option<T>) {
+        for (controller, _) in &self.directories {
+            let top = controller.map_or_else(|| cgroup2_root().to_owned(), cgroup1_root).join(TOP);
+            let entries = fs::read_dir(&top).into_iter().flatten().flatten();
+            for number in entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()) {
+                if let Some(_slot) = is_free(number) {
+                    remove_directory(&top.join(number.to_string()));
+                }
+            }
+            drop(fs::remove_dir(top));
+        }
+    }
+
     /// Removes the group, and our top-level group if this was the last.
     pub fn remove(&self) {
         for (controller, directory) in &self.directories {

@@ -144,6 +144,7 @@ pub fn run(plan: &Plan, shared: &Path) -> Result<Report, LaunchError> {
     let counts = group.as_ref().map(Group::counts);
     if let Some(group) = &group {
         group.remove();
+        group.sweep(|number| Slot::take_free(&shared.join("slots"), number));
     }
     judge::report(plan, &slot, filter.len(), counts, ended?)
 }

@@ -80,6 +80,13 @@ impl Slot {
         Err(SlotError::Full)
     }
 
+    /// The slot `number`, if nobody has it.
+    pub fn take_free(directory: &Path, number: u32) -> Option<Slot> {
+        let lock = OpenOptions::new().write(true).open(directory.join(number.to_string())).ok()?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).ok()?;
+        Some(Slot { number, lock })
+    }
+
     /// Its number.
     pub fn number(&self) -> u32 {
         self.number

@@ -275,6 +275,13 @@ impl Registry {
         Ok(lock)
     }
 
+    /// Where it is noted that a placeholder is being made, from before it is there until it is registered. Found in one's own
+    /// turn, it is of a run that was killed in between.
+    fn intent(&self, parent: &OwnedFd, name: &Path) -> io::Result<PathBuf> {
+        let parent = fstat(parent)?;
+        Ok(self.directory.join(format!("making-{}-{}-{}", parent.st_dev, parent.st_ino, name.display())))
+    }
+
     /// Whether nobody else relies on it; then it is forgotten.
     fn forget(&self, found: &Identity, lock: &File) -> bool {
         let last = flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok();
@@ -356,6 +363,17 @@ fn cover(
             let placeholder = placeholder.clone();
             return Ok((walked, Some(Held { parent, name, found, placeholder, lock })));
         }
+        let intent = registry.intent(&parent, &name)?;
+        if intent.exists() {
+            // Only an empty directory, or a file with no more than the beginning of our content, goes.
+            if found.kind.is_dir() || is_begun(&parent, &name, placeholder) {
+                remove(&parent, &name, placeholder_flags(placeholder));
+            }
+            std::fs::remove_file(&intent)?;
+            if Identity::of(&parent, &name) == Err(Errno::NOENT) {
+                return make(registry, parent, name, owner, placeholder).map(|held| (walked, Some(held)));
+            }
+        }
         if !found.kind.is_dir() {
             break;
         }
@@ -397,7 +415,11 @@ fn make(
         let found = Identity::of(&parent, &name)?;
         Ok((found, registry.register(&found)?))
     };
-    match adopt() {
+    let intent = registry.intent(&parent, &name)?;
+    drop(lock_file(&intent)?);
+    let adopted = adopt();
+    let _ = std::fs::remove_file(&intent);
+    match adopted {
         Ok((found, lock)) => Ok(Held { parent, name, found, placeholder: placeholder.clone(), lock }),
         Err(error) => {
             remove(&parent, &name, placeholder_flags(placeholder));
@@ -429,6 +451,16 @@ fn is_untouched(parent: &OwnedFd, name: &Path, found: Identity, placeholder: &Pl
     match placeholder {
         Placeholder::Directory => found.kind.is_dir(),
         Placeholder::File(content) => found.kind.is_file() && says(parent, name, content).unwrap_or(false),
+    }
+}
+
+/// Whether a file holds no more than a beginning of what is written into the placeholder.
+fn is_begun(parent: &OwnedFd, name: &Path, placeholder: &Placeholder) -> bool {
+    match placeholder {
+        Placeholder::Directory => false,
+        Placeholder::File(content) => (0..=content.len())
+            .filter_map(|length| content.get(..length))
+            .any(|beginning| says(parent, name, beginning).unwrap_or(false)),
     }
 }
 
