@@ -1,5 +1,6 @@
 //! Control groups: limits for the whole sandbox. v2 is the real backend; v1 serves hosts that still bind the controllers
-//! there. Groups are named by slot, so that what a killed launcher left is found and removed by the slot's next owner.
+//! there. Groups are named by slot, so that what a killed launcher left is found and removed by the slot's
+//! next owner, or by the next run that ends ([`Group::sweep`]).
 
 use std::fs;
 use std::io::{self, Write};

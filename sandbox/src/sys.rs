@@ -225,7 +225,7 @@ pub fn landlock_abi() -> u8 {
     u8::try_from(abi).unwrap_or(0)
 }
 
-/// Takes ownership of one of the three standard descriptors, if it is open.
+/// Lends one of the three standard descriptors, if it is open.
 pub fn standard_stream(number: i32) -> Option<BorrowedFd<'static>> {
     assert!((0..3).contains(&number), "only the standard streams are ever lent for ever");
     // SAFETY: F_GETFD takes no memory.

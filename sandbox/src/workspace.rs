@@ -1,7 +1,8 @@
 //! Opens a workspace by the caller's own right, and holds the places of protected paths that are not there.
 //!
-//! A placeholder is an empty directory: git does not see it, and rmdir(2) cannot destroy anything. Runs on one workspace
-//! at the same time agree through [`Registry`] who takes it away, and the next run takes away what a killed one left.
+//! A placeholder is an empty directory, which git does not see and rmdir(2) takes only while it is empty; or a small file,
+//! which goes only while it is the one that was made and says what was written. Runs on one workspace at the same time agree
+//! through [`Registry`] who takes it away, and the next run takes away what a killed one left.
 
 use std::fs::{DirBuilder, File};
 use std::io::{self, Read};

@@ -51,7 +51,6 @@ fn whatever_call_of_the_set_up_fails_nothing_is_left_and_nothing_runs_unconfined
     let content = listing(workspace.path());
     let mut refused = 0;
     for target in &calls {
-        eprintln!("{target:?}");
         let status = inject::run(&mut broker(workspace.path()), |call| {
             if (call.process, call.ordinal, call.number) == *target {
                 Verdict::Return(-i64::from(libc::EIO))
