@@ -1,44 +1,44 @@
 //! The system-call filter: a table of what is allowed, compiled to one BPF program.
 //!
-//! Numbers are tested by a search tree over ranges, which is what makes the filter cheap to install: the kernel runs it
-//! once for every number to find those that it need not ask about (`seccomp_cache_prepare`). The few calls whose arguments
-//! matter fall through to rules that seccompiler compiles. What is known and not allowed is `EPERM`, a number that
-//! nobody here knows is `ENOSYS`, another architecture's call ends the process.
+//! Numbers are tested by a search tree over ranges, which is what makes the filter cheap: the kernel runs it once for
+//! every number to find those that it need not ask about (`seccomp_cache_prepare`), and what an instruction costs at
+//! installation is most of what the filter costs. The few calls whose arguments matter go on to a block of their own.
+//! What is known and not allowed is `EPERM`, a number that nobody here knows is `ENOSYS`, another architecture's call ends
+//! the process.
 
 mod arguments;
+mod assemble;
 mod numbers;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 
-use seccompiler::{BpfProgram, sock_filter};
+use seccompiler::BpfProgram;
 
 use crate::plan::SeccompPlan;
+use assemble::Assembly;
 use numbers::Verdict;
 
 // linux/filter.h and linux/seccomp.h.
-const LOAD_WORD: u16 = 0x20;
-const JUMP: u16 = 0x05;
-const JUMP_GREATER_EQUAL: u16 = 0x35;
-const JUMP_EQUAL: u16 = 0x15;
-const RETURN: u16 = 0x06;
-const OFFSET_NUMBER: u32 = 0;
-const OFFSET_ARCHITECTURE: u32 = 4;
 const RETURN_ALLOW: u32 = 0x7fff_0000;
 const RETURN_ERRNO: u32 = 0x0005_0000;
 const RETURN_KILL_PROCESS: u32 = 0x8000_0000;
+const OFFSET_NUMBER: u32 = 0;
+const OFFSET_ARCHITECTURE: u32 = 4;
 
 #[cfg(target_arch = "x86_64")]
 const ARCHITECTURE: u32 = 0xc000_003e;
 #[cfg(target_arch = "aarch64")]
 const ARCHITECTURE: u32 = 0xc000_00b7;
 
-/// Why there is no filter.
+/// A jump that is too long for its instruction. A test excludes it for every plan there is.
 #[derive(Debug)]
-pub struct FilterError(String);
+pub struct FilterError;
 
 impl fmt::Display for FilterError {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "the system-call filter does not compile: {}", self.0)
+        out.write_str("the system-call filter does not compile: a jump is too long")
     }
 }
 
@@ -47,353 +47,77 @@ impl std::error::Error for FilterError {}
 /// The program for `plan`.
 ///
 /// # Errors
-/// When a rule does not compile, which a test excludes for every plan there is.
+/// When a jump is too long.
 pub fn compile(plan: SeccompPlan) -> Result<BpfProgram, FilterError> {
-    let rules = arguments::rules(plan).map_err(|error| FilterError(error.to_string()))?;
-    let mut program = vec![
-        statement(LOAD_WORD, OFFSET_ARCHITECTURE),
-        branch(JUMP_EQUAL, ARCHITECTURE, 1, 0),
-        statement(RETURN, RETURN_KILL_PROCESS),
-        statement(LOAD_WORD, OFFSET_NUMBER),
-    ];
-    let mut tree = Vec::new();
-    emit(&numbers::ranges(), &mut tree);
-    // `Arguments` leaves are jumps to the end of the tree, where the rules begin.
-    let end = tree.len();
-    for (at, instruction) in tree.iter_mut().enumerate() {
-        if instruction.code == JUMP {
-            instruction.k = u32::try_from(end - at - 1).map_err(|error| FilterError(error.to_string()))?;
+    let rules = arguments::rules(plan);
+    let mut program = Assembly::default();
+    let known = program.label();
+    program.load(OFFSET_ARCHITECTURE);
+    program.when_equal(ARCHITECTURE, known);
+    program.finish(RETURN_KILL_PROCESS);
+    program.place(known);
+    program.load(OFFSET_NUMBER);
+
+    let (allow, refuse, unknown) = (program.label(), program.label(), program.label());
+    // Calls with the same rule share its block.
+    let mut blocks: Vec<(&arguments::Rule, assemble::Label)> = Vec::new();
+    for (_, rule) in &rules {
+        if !blocks.iter().any(|(other, _)| *other == rule) {
+            blocks.push((rule, program.label()));
         }
     }
-    program.extend(tree);
-    program.extend(rules);
-    Ok(program)
+    let ranges = numbers::ranges(|call| {
+        let rule = rules.iter().find(|(number, _)| *number == call).map(|(_, rule)| rule)?;
+        blocks.iter().position(|(other, _)| *other == rule)
+    });
+    tree(&mut program, &ranges, &|verdict| match verdict {
+        Verdict::Allow => allow,
+        Verdict::Refuse => refuse,
+        Verdict::Unknown => unknown,
+        Verdict::Arguments(block) => blocks[block].1,
+    });
+    for (label, action) in [
+        (allow, RETURN_ALLOW),
+        (refuse, RETURN_ERRNO | libc::EPERM as u32),
+        (unknown, RETURN_ERRNO | libc::ENOSYS as u32),
+    ] {
+        program.place(label);
+        program.finish(action);
+    }
+    // A conditional jump reaches 255 instructions, a plain one any distance.
+    let far: Vec<_> = blocks.iter().map(|(rule, near)| (rule, *near, program.label())).collect();
+    for (_, near, block) in &far {
+        program.place(*near);
+        program.jump(*block);
+    }
+    for (rule, _, block) in &far {
+        program.place(*block);
+        arguments::emit(rule, &mut program);
+    }
+    program.finished().ok_or(FilterError)
 }
 
 /// A balanced tree of comparisons; the accumulator holds the number.
-fn emit(ranges: &[(u32, Verdict)], out: &mut Vec<sock_filter>) {
-    if let [(_, verdict)] = ranges {
-        out.push(leaf(*verdict));
-        return;
-    }
+fn tree(program: &mut Assembly, ranges: &[(u32, Verdict)], to: &dyn Fn(Verdict) -> assemble::Label) {
     let (low, high) = ranges.split_at(ranges.len() / 2);
-    let at = out.len();
-    out.push(branch(JUMP_GREATER_EQUAL, high[0].0, 0, 0));
-    emit(low, out);
-    // Conditional jumps reach 255 instructions; beyond that a plain jump would be needed, which a test excludes.
-    out[at].jt = u8::try_from(out.len() - at - 1).unwrap_or(u8::MAX);
-    emit(high, out);
-}
-
-fn leaf(verdict: Verdict) -> sock_filter {
-    match verdict {
-        Verdict::Allow => statement(RETURN, RETURN_ALLOW),
-        Verdict::Refuse => statement(RETURN, RETURN_ERRNO | libc::EPERM as u32),
-        Verdict::Unknown => statement(RETURN, RETURN_ERRNO | libc::ENOSYS as u32),
-        Verdict::Arguments => statement(JUMP, 0),
+    let (below, above) = (side(program, low, to), side(program, high, to));
+    program.when_at_least(high[0].0, above, below);
+    for (half, label) in [(low, below), (high, above)] {
+        if half.len() > 1 {
+            program.place(label);
+            tree(program, half, to);
+        }
     }
 }
 
-fn statement(code: u16, k: u32) -> sock_filter {
-    sock_filter { code, jt: 0, jf: 0, k }
-}
-
-fn branch(code: u16, k: u32, jt: u8, jf: u8) -> sock_filter {
-    sock_filter { code, jt, jf, k }
-}
-
-#[cfg(test)]
-mod tests {
-    use libc::c_long;
-
-    use super::*;
-    use crate::plan::UnixSockets;
-
-    /// struct seccomp_data of linux/seccomp.h.
-    struct Call {
-        number: u32,
-        architecture: u32,
-        arguments: [u64; 6],
-    }
-
-    /// EPERM.
-    const REFUSED: u32 = 0x0005_0001;
-    /// ENOSYS.
-    const ABSENT: u32 = 0x0005_0026;
-    const ALLOW: u32 = 0x7fff_0000;
-    const KILL_PROCESS: u32 = 0x8000_0000;
-    /// Above what the kernel reads of an `int`: a caller may leave anything there (CVE-2023-1523 of snapd).
-    const HIGH: u64 = 0xdead_beef_0000_0000;
-
-    /// The classic BPF that seccomp(2) takes, by the kernel's definition of the opcodes (linux/bpf_common.h), not by our
-    /// names for them. Panics on what the kernel's verifier refuses and this filter may use: a jump out of the
-    /// program, an unaligned load, an unknown opcode.
-    fn execute(program: &[sock_filter], call: &Call) -> u32 {
-        let (mut at, mut accumulator) = (0, 0_u32);
-        loop {
-            let (instruction, k) = (&program[at], program[at].k);
-            let jump = |taken: bool| usize::from(if taken { instruction.jt } else { instruction.jf });
-            at += 1;
-            match instruction.code {
-                0x20 => accumulator = load(call, k),
-                0x54 => accumulator &= k,
-                0x05 => at += k as usize,
-                0x15 => at += jump(accumulator == k),
-                0x25 => at += jump(accumulator > k),
-                0x35 => at += jump(accumulator >= k),
-                0x45 => at += jump(accumulator & k != 0),
-                0x06 => return k,
-                code => panic!("instruction {}: {code:#x} is not one this filter should use", at - 1),
-            }
-        }
-    }
-
-    fn load(call: &Call, offset: u32) -> u32 {
-        assert!(offset.is_multiple_of(4), "offset {offset} is not aligned");
-        match offset {
-            0 => call.number,
-            4 => call.architecture,
-            // Both architectures have the lower half first.
-            16..64 => (call.arguments[(offset as usize - 16) / 8] >> (offset % 8 * 8)) as u32,
-            _ => panic!("nothing here decides by offset {offset}"),
-        }
-    }
-
-    fn both() -> [BpfProgram; 2] {
-        [UnixSockets::Refused, UnixSockets::Allowed]
-            .map(|unix_sockets| compile(SeccompPlan { unix_sockets }).expect("the filter compiles"))
-    }
-
-    fn call(number: c_long, given: &[u64]) -> Call {
-        let mut arguments = [0; 6];
-        arguments[..given.len()].copy_from_slice(given);
-        let number = u32::try_from(number).expect("a call's number");
-        Call { number, architecture: ARCHITECTURE, arguments }
-    }
-
-    /// The verdict holds under both variants.
-    fn assert_exact(number: c_long, given: &[u64], verdict: u32) {
-        for program in both() {
-            assert_eq!(execute(&program, &call(number, given)), verdict, "{number} {given:x?}");
-        }
-    }
-
-    /// And whatever stands above arguments that the kernel takes as `int`.
-    fn assert_int(number: c_long, given: &[u64], verdict: u32) {
-        assert_exact(number, given, verdict);
-        assert_exact(number, &given.iter().map(|value| value | HIGH).collect::<Vec<_>>(), verdict);
-    }
-
-    #[test]
-    fn jumps_stay_inside_and_the_program_is_short_enough() {
-        for program in both() {
-            assert!(program.len() <= 4096, "BPF_MAXINSNS of linux/bpf_common.h");
-            for (at, instruction) in program.iter().enumerate() {
-                let furthest = match instruction.code {
-                    0x05 => instruction.k as usize,
-                    0x15 | 0x25 | 0x35 | 0x45 => usize::from(instruction.jt.max(instruction.jf)),
-                    _ => continue,
-                };
-                assert!(at + 1 + furthest < program.len(), "instruction {at} jumps {furthest}");
-            }
-            println!("instructions: {}", program.len());
-        }
-    }
-
-    /// The tree is checked against the table it was made of: a conditional jump cut to 255 would miss its leaf.
-    #[test]
-    fn the_tree_says_of_every_number_what_the_table_says() {
-        let ranges = numbers::ranges();
-        for (number, program) in (0..600).flat_map(|number| both().map(|program| (number, program))) {
-            let verdict = ranges.iter().rev().find(|(first, _)| *first <= number).expect("0 begins").1;
-            let expected: &[u32] = match verdict {
-                Verdict::Allow => &[ALLOW],
-                Verdict::Refuse => &[REFUSED],
-                Verdict::Unknown => &[ABSENT],
-                Verdict::Arguments => &[ALLOW, REFUSED],
-            };
-            assert!(expected.contains(&execute(&program, &call(number.into(), &[]))), "{number}");
-        }
-    }
-
-    #[test]
-    #[rustfmt::skip]
-    fn what_no_program_can_do_without_is_allowed() {
-        for number in [
-            libc::SYS_read, libc::SYS_write, libc::SYS_close, libc::SYS_mmap, libc::SYS_execve, libc::SYS_exit_group,
-            libc::SYS_futex, libc::SYS_rt_sigreturn, libc::SYS_getrandom, libc::SYS_wait4,
-        ] {
-            assert_exact(number, &[], ALLOW);
-        }
-    }
-
-    /// The calls that container engines refuse too, and those that only root could use.
-    #[test]
-    fn what_reaches_out_of_a_sandbox_is_refused() {
-        use libc::*;
-        #[rustfmt::skip]
-        let refused = [
-            SYS_ptrace, SYS_process_vm_readv, SYS_process_vm_writev, SYS_kcmp, SYS_pidfd_getfd, SYS_mount,
-            SYS_umount2, SYS_pivot_root, SYS_chroot, SYS_move_mount, SYS_open_tree, SYS_fsopen, SYS_fsmount,
-            SYS_fsconfig, SYS_fspick, SYS_mount_setattr, SYS_setns, SYS_unshare, SYS_bpf, SYS_perf_event_open,
-            SYS_userfaultfd, SYS_io_uring_setup, SYS_io_uring_enter, SYS_io_uring_register, SYS_keyctl,
-            SYS_add_key, SYS_request_key, SYS_seccomp, SYS_name_to_handle_at, SYS_open_by_handle_at,
-            SYS_fanotify_init, SYS_init_module, SYS_finit_module, SYS_delete_module, SYS_kexec_load, SYS_reboot,
-            SYS_swapon, SYS_swapoff, SYS_acct, SYS_quotactl, SYS_syslog, SYS_vhangup, SYS_settimeofday,
-            SYS_clock_settime, SYS_clock_adjtime, SYS_adjtimex, SYS_sethostname, SYS_setdomainname,
-            SYS_move_pages, SYS_migrate_pages,
-        ];
-        for number in refused {
-            // No arguments make it harmless.
-            [0, 1, u64::MAX].iter().for_each(|value| assert_exact(number, &[*value; 6], REFUSED));
-        }
-    }
-
-    /// On ENOSYS a C library takes the older call, whose arguments can be judged.
-    #[test]
-    fn what_cannot_be_judged_or_is_not_known_does_not_exist() {
-        let unused = if cfg!(target_arch = "x86_64") { 335..424 } else { 295..424 };
-        for number in unused.chain(463..600).chain([libc::SYS_clone3, libc::SYS_openat2]) {
-            assert_exact(number, &[], ABSENT);
-        }
-    }
-
-    /// x32 has its numbers above this bit on x86_64 (`__X32_SYSCALL_BIT`), and the same architecture value.
-    #[test]
-    fn numbers_of_x32_do_not_exist() {
-        for program in both() {
-            for number in (0..600).chain([0x3fff_ffff, 0xbfff_ffff]) {
-                let foreign = Call { number: 0x4000_0000 + number, ..call(0, &[]) };
-                assert_eq!(execute(&program, &foreign), ABSENT, "x32 {number}");
-            }
-        }
-    }
-
-    /// i386 and arm (32 bits), the other of ours, and one that does not exist.
-    #[test]
-    fn a_call_of_another_architecture_ends_the_process() {
-        let others = [0x4000_0003, 0x4000_0028, 0xc000_003e, 0xc000_00b7, 0, u32::MAX];
-        for architecture in others.into_iter().filter(|other| *other != ARCHITECTURE) {
-            for (program, number) in both().iter().flat_map(|program| (0..600).map(move |at| (program, at))) {
-                let foreign = Call { architecture, ..call(number, &[]) };
-                assert_eq!(execute(program, &foreign), KILL_PROCESS, "{architecture:#x} {number}");
-            }
-        }
-    }
-
-    #[test]
-    fn ioctl_takes_no_input_faking_and_no_forced_terminal() {
-        // TCGETS, TIOCGWINSZ, FIONREAD, FIOCLEX; TIOCSCTTY without force.
-        for command in [0x5401, 0x5413, 0x541b, 0x5451, 0x540e] {
-            assert_int(libc::SYS_ioctl, &[0, command, 0], ALLOW);
-        }
-        // TIOCSTI TIOCLINUX TIOCCONS TIOCSETD TIOCVHANGUP KDSKBENT SIOCSIFADDR FS_IOC_SETFLAGS NS_GET_USERNS
-        for command in [0x5412, 0x541c, 0x541d, 0x5423, 0x5437, 0x4b47, 0x8916, 0x4008_6602, 0xb701] {
-            assert_int(libc::SYS_ioctl, &[0, command, 0], REFUSED);
-        }
-        assert_exact(libc::SYS_ioctl, &[0, 0x540e, 1], REFUSED);
-    }
-
-    #[test]
-    fn clone_makes_threads_and_processes_and_no_namespace() {
-        let thread = 0x003d_0f00;
-        for flags in [17, thread, 0x0100_4011] {
-            assert_exact(libc::SYS_clone, &[flags], ALLOW);
-        }
-        // CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET of linux/sched.h.
-        for bit in [17, 25, 26, 27, 28, 29, 30] {
-            let rests = [0, 17, thread, HIGH];
-            rests.iter().for_each(|rest| assert_exact(libc::SYS_clone, &[1 << bit | rest], REFUSED));
-        }
-    }
-
-    #[test]
-    fn sockets_are_tcp_and_udp_and_unix_only_where_asked_for() {
-        // Close-on-exec and non-blocking are flags of the type.
-        for (family, kind, protocol) in [(2, 1, 0), (10, 1, 6), (2, 2, 17), (10, 2, 0), (2, 0x8_0801, 0)] {
-            assert_int(libc::SYS_socket, &[family, kind, protocol], ALLOW);
-        }
-        // Raw, ping, MPTCP, SCTP, packet types of TCP and UDP crossed; every other family with every type.
-        let odd =
-            [(2, 3, 0), (2, 3, 255), (2, 2, 1), (10, 2, 58), (2, 1, 262), (2, 1, 132), (2, 1, 17), (2, 2, 6)];
-        let families = (0..64).filter(|family| ![1, 2, 10].contains(family));
-        let others = families.flat_map(|family| (0..16).map(move |kind| (family, kind, 0)));
-        for (family, kind, protocol) in odd.into_iter().chain(others) {
-            assert_int(libc::SYS_socket, &[family, kind, protocol], REFUSED);
-        }
-        for (program, verdict) in both().iter().zip([REFUSED, ALLOW]) {
-            for (family, kind) in [(1, 1), (1, 2), (1, 5), (1 | HIGH, 1), (1 | HIGH, 2)] {
-                assert_eq!(execute(program, &call(libc::SYS_socket, &[family, kind, 0])), verdict);
-            }
-        }
-    }
-
-    #[test]
-    fn pairs_of_sockets_are_connected_ones() {
-        for kind in [1, 5, 0x8_0001, 0x8_0805] {
-            assert_int(libc::SYS_socketpair, &[1, kind, 0], ALLOW);
-        }
-        for (family, kind) in [(1, 2), (1, 0x8_0002), (1, 3), (2, 1), (16, 1), (30, 1)] {
-            assert_int(libc::SYS_socketpair, &[family, kind, 0], REFUSED);
-        }
-    }
-
-    /// Every call that takes a mode, with the position of that argument.
-    #[test]
-    fn no_call_sets_a_set_id_bit() {
-        #[rustfmt::skip]
-        let mut calls = vec![
-            (libc::SYS_fchmod, 1, vec![]), (libc::SYS_fchmodat, 2, vec![]), (libc::SYS_fchmodat2, 2, vec![]),
-            (libc::SYS_mknodat, 2, vec![]), (libc::SYS_openat, 3, vec![0, 0, libc::O_CREAT as u64]),
-            // O_TMPFILE makes a file without O_CREAT.
-            (libc::SYS_openat, 3, vec![0, 0, libc::O_TMPFILE as u64]),
-        ];
-        #[cfg(target_arch = "x86_64")]
-        calls.push((libc::SYS_open, 2, vec![0, libc::O_CREAT as u64]));
-        #[cfg(target_arch = "x86_64")]
-        calls.extend([libc::SYS_chmod, libc::SYS_creat, libc::SYS_mknod].map(|number| (number, 1, vec![])));
-        for (number, position, mut given) in calls {
-            given.resize(position, 0);
-            // mkdir(2) ignores set-id bits, and mknod(2) wants a type with the mode for more than a file.
-            for mode in [0o4000, 0o2000, 0o6000, 0o4755, 0o2755, 0o6777] {
-                assert_int(number, &[given.as_slice(), &[mode]].concat(), REFUSED);
-            }
-            let harmless = if [libc::SYS_mknodat, 133].contains(&number) { 0o644 } else { 0o1777 };
-            assert_int(number, &[given.as_slice(), &[harmless]].concat(), ALLOW);
-        }
-        // Without creation the mode means nothing, whatever the register holds.
-        assert_exact(libc::SYS_openat, &[0, 0, 0, u64::MAX], ALLOW);
-    }
-
-    #[test]
-    fn devices_are_not_made() {
-        for (kind, verdict) in [(0o01, ALLOW), (0o14, ALLOW), (0o10, ALLOW), (0o02, REFUSED), (0o06, REFUSED)]
-        {
-            assert_int(libc::SYS_mknodat, &[0, 0, kind << 12 | 0o600, 0x103], verdict);
-        }
-    }
-
-    #[test]
-    fn the_core_limit_can_be_read_and_not_changed() {
-        let core = u64::from(libc::RLIMIT_CORE);
-        let core_set = [([0, core, 8], REFUSED), ([0, core, HIGH], REFUSED)];
-        for (given, verdict) in core_set.into_iter().chain([([0, core, 0], ALLOW), ([0, 7, 8], ALLOW)]) {
-            assert_exact(libc::SYS_prlimit64, &given, verdict);
-            assert_exact(libc::SYS_prlimit64, &[given[0], given[1] | HIGH, given[2]], verdict);
-        }
-        assert_int(libc::SYS_setrlimit, &[core, 8], REFUSED);
-        assert_int(libc::SYS_setrlimit, &[7, 8], ALLOW);
-    }
-
-    #[test]
-    fn fcntl_takes_no_lease_and_no_directory_notice() {
-        // F_DUPFD, F_SETLK, F_SETOWN_EX, F_OFD_SETLK, F_GETLEASE, F_DUPFD_CLOEXEC, F_ADD_SEALS.
-        for command in [0, 6, 15, 37, 1025, 1030, 1033] {
-            assert_int(libc::SYS_fcntl, &[0, command, 0], ALLOW);
-        }
-        // F_SETLEASE, F_NOTIFY.
-        for command in [1024, 1026] {
-            assert_int(libc::SYS_fcntl, &[0, command, 0], REFUSED);
-        }
+/// Where one half of a tree begins: at its verdict if it has only one.
+fn side(
+    program: &mut Assembly,
+    half: &[(u32, Verdict)],
+    to: &dyn Fn(Verdict) -> assemble::Label,
+) -> assemble::Label {
+    match half {
+        [(_, verdict)] => to(*verdict),
+        _ => program.label(),
     }
 }

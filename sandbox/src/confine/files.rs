@@ -51,7 +51,8 @@ const DEVICE_LINKS: [(&str, &str); 5] = [
 pub(super) fn enter_root() -> io::Result<()> {
     // First, so that nothing that follows is seen by the host, nor anything of the host's seen here.
     mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
-    tmpfs(Path::new(STAND_IN), ROOT_BYTES, ROOT_INODES, 0o755, 0, MountFlags::NODEV)?;
+    // It holds the devices; nobody inside can make another, nor write here once it is sealed.
+    tmpfs(Path::new(STAND_IN), ROOT_BYTES, ROOT_INODES, 0o755, 0, MountFlags::empty())?;
     rustix::process::chdir(STAND_IN)?;
     // The old root is stacked onto the new one and then taken off: pivot_root(2), "pivot_root(".", ".")".
     rustix::process::pivot_root(".", ".")?;
@@ -186,7 +187,6 @@ fn tmpfs(path: &Path, size: u64, inodes: u32, mode: u32, owner: u32, flags: Moun
 
 /// The nodes are made, not bound: nothing of the host's `/dev` comes in. Nobody inside can make another.
 fn devices(path: &Path) -> io::Result<()> {
-    tmpfs(path, 64 << 10, 64, 0o755, 0, MountFlags::NOEXEC)?;
     let folder = openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     for (name, major, minor) in DEVICES {
         let mode = Mode::from_raw_mode(0o666);
@@ -198,7 +198,7 @@ fn devices(path: &Path) -> io::Result<()> {
     for name in ["pts", "shm"] {
         rustix::fs::mkdirat(&folder, name, Mode::from_raw_mode(0o755))?;
     }
-    read_only_here(&folder)
+    Ok(())
 }
 
 fn proc(path: &Path) -> io::Result<()> {

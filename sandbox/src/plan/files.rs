@@ -104,7 +104,7 @@ pub enum Step {
         /// Whether programs in it can be run.
         exec: Exec,
     },
-    /// A tmpfs with the harmless devices, then made read-only.
+    /// The harmless devices.
     Devices {
         /// Inside.
         path: PathBuf,

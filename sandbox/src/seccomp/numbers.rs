@@ -2,8 +2,6 @@
 
 use libc::c_long;
 
-use super::arguments;
-
 /// What becomes of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
@@ -13,8 +11,8 @@ pub(super) enum Verdict {
     Refuse,
     /// `ENOSYS`: we do not know it; a C library then takes another way.
     Unknown,
-    /// Its arguments decide.
-    Arguments,
+    /// Its arguments decide, by this rule.
+    Arguments(usize),
 }
 
 /// The newest number that is known here, mseal(2) of Linux 6.10.
@@ -30,12 +28,12 @@ const UNUSED: std::ops::Range<u32> = 295..424;
 const HIDDEN: [c_long; 2] = [libc::SYS_clone3, libc::SYS_openat2];
 
 /// The verdict on `number`; `allowed` is sorted.
-fn verdict(number: u32, with_rules: &[c_long], allowed: &[c_long]) -> Verdict {
+fn verdict(number: u32, rule: impl Fn(c_long) -> Option<usize>, allowed: &[c_long]) -> Verdict {
     let call = c_long::from(number);
     if number > LAST || UNUSED.contains(&number) || HIDDEN.contains(&call) {
         Verdict::Unknown
-    } else if with_rules.contains(&call) {
-        Verdict::Arguments
+    } else if let Some(rule) = rule(call) {
+        Verdict::Arguments(rule)
     } else if allowed.binary_search(&call).is_ok() || UNNAMED.contains(&number) {
         Verdict::Allow
     } else {
@@ -43,14 +41,13 @@ fn verdict(number: u32, with_rules: &[c_long], allowed: &[c_long]) -> Verdict {
     }
 }
 
-/// Which number begins which verdict; the last goes on for ever.
-pub(super) fn ranges() -> Vec<(u32, Verdict)> {
-    let with_rules = arguments::numbers();
+/// Which number begins which verdict; the last goes on for ever. `rule` tells which calls have one.
+pub(super) fn ranges(rule: impl Fn(c_long) -> Option<usize>) -> Vec<(u32, Verdict)> {
     let mut allowed: Vec<c_long> = ALLOWED.iter().chain(LEGACY).copied().collect();
     allowed.sort_unstable();
     let mut list: Vec<(u32, Verdict)> = Vec::new();
     for number in 0..=LAST + 1 {
-        let verdict = verdict(number, &with_rules, &allowed);
+        let verdict = verdict(number, &rule, &allowed);
         if list.last().is_none_or(|(_, last)| *last != verdict) {
             list.push((number, verdict));
         }
