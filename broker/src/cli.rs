@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use sandbox::{ByteSize, Count, Cpus, EnvName, Span, WorkspaceMode, WorkspaceWish};
 
@@ -133,6 +134,9 @@ pub enum PolicyCommand {
         /// A policy's name, or a file
         #[arg(long, value_name = "NAME|FILE", default_value = "default")]
         policy: String,
+        /// The directory that would be mounted at /workspace
+        #[arg(long, value_name = "DIR[:ro|:rw]", value_parser = parse_workspace)]
+        workspace: Option<WorkspaceArgument>,
         /// The plan itself, as JSON
         #[arg(long)]
         json: bool,
@@ -157,12 +161,36 @@ pub fn parse() -> Command {
     // A wrong command line is ours to refuse, and 125 is how `exec` says so; elsewhere too, for one rule.
     match parsed {
         Ok(command) => command,
-        Err(error) => {
-            let status = if error.use_stderr() { 125 } else { 0 };
-            let _ = error.print();
+        Err(error)
+            if error.use_stderr() && error.kind() != ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
+        {
+            eprintln!("broker: {}", in_one_line(&error));
+            std::process::exit(125)
+        }
+        Err(help) => {
+            let status = if help.use_stderr() { 125 } else { 0 };
+            let _ = help.print();
             std::process::exit(status)
         }
     }
+}
+
+/// What is wrong and how to mend it, without the usage.
+fn in_one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let said = text
+        .split("\nUsage:")
+        .next()
+        .unwrap_or(&text)
+        .split("\nFor more information")
+        .next()
+        .unwrap_or(&text);
+    let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
+    let said = said.strip_prefix("error: ").unwrap_or(&said);
+    let stray =
+        error.kind() == ErrorKind::UnknownArgument && !std::env::args_os().any(|argument| argument == "--");
+    let mend = if stray { "the command comes after `--`; " } else { "" };
+    format!("{said}; {mend}`--help` shows what there is")
 }
 
 /// Prints completions for `shell`.

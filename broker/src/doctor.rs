@@ -74,16 +74,23 @@ fn limit(host: &Host, controller: Controller) -> Finding {
         Cgroups::V1 { controllers } => ("v1", controllers.as_slice()),
         Cgroups::None => ("none", [].as_slice()),
     };
-    let good = offered.contains(&controller);
-    let what = match controller {
-        Controller::Memory => "memory limit",
-        Controller::Pids => "process limit",
-        Controller::Cpu => "processor limit",
+    let offered = offered.contains(&controller);
+    let (what, in_presets) = match controller {
+        Controller::Memory => ("memory limit", true),
+        Controller::Pids => ("process limit", true),
+        Controller::Cpu => ("processor limit", true),
+        Controller::Io => ("disk traffic limit", false),
+    };
+    let good = offered || !in_presets;
+    let found = match (offered, in_presets) {
+        (true, _) => format!("cgroup {version}"),
+        (false, true) => "no controller".to_owned(),
+        (false, false) => "no controller; no preset asks for it".to_owned(),
     };
     Finding {
         what,
         good,
-        found: if good { format!("cgroup {version}") } else { "no controller".to_owned() },
+        found,
         mend: (!good).then_some(
             "mount cgroup2 at /sys/fs/cgroup, or accept it in a policy: allow_gaps = [\"no-cgroup\"]",
         ),

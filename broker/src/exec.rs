@@ -31,7 +31,7 @@ pub fn run(arguments: ExecArguments) -> ExitCode {
     let ran = sandbox::run(&plan, &sandbox::shared_directory());
     let status = match &ran {
         Ok(report) => {
-            explain(report);
+            explain(report, &plan);
             // Output that got lost is no success, whatever the command made of it.
             if report.denials.output_errno.is_some() { CANNOT } else { report.outcome.exit_status() }
         }
@@ -90,13 +90,17 @@ fn wishes(arguments: ExecArguments, policy: &Policy) -> Result<Wishes, String> {
 }
 
 /// What an exit status alone does not say.
-fn explain(report: &Report) {
+fn explain(report: &Report, plan: &Plan) {
     use sandbox::Outcome;
     match &report.outcome {
         Outcome::TimedOut => eprintln!("broker: the time limit was reached"),
         Outcome::Oom => eprintln!("broker: the memory limit was reached"),
         Outcome::NotFound => {
-            eprintln!("broker: command not found; `broker policy explain` shows what can be seen inside")
+            let command =
+                plan.command.arguments.first().map(|name| name.to_string_lossy()).unwrap_or_default();
+            eprintln!(
+                "broker: {command}: command not found; `broker policy explain` shows what can be seen inside"
+            );
         }
         Outcome::NotExecutable { errno } => {
             eprintln!(

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use sandbox::{Caller, Host, Job, Library, Plan, Policy, Stream, Wishes};
 
-use crate::cli::PolicyCommand;
+use crate::cli::{PolicyCommand, WorkspaceArgument};
 use crate::library::Policies;
 
 /// Runs the sub-command.
@@ -16,8 +16,8 @@ pub fn run(command: PolicyCommand) -> ExitCode {
         PolicyCommand::List { json } => list(&policies, json),
         PolicyCommand::Show { policy } => load(&policies, &policy).and_then(|policy| print(&policy)),
         PolicyCommand::Check { policies: names } => check(&policies, &names),
-        PolicyCommand::Explain { policy, json } => {
-            load(&policies, &policy).and_then(|policy| explain(&policy, json))
+        PolicyCommand::Explain { policy, workspace, json } => {
+            load(&policies, &policy).and_then(|policy| explain(&policy, workspace, json))
         }
         PolicyCommand::Schema => print(&sandbox::policy_schema()),
     };
@@ -69,10 +69,10 @@ fn check(policies: &Policies, names: &[String]) -> Result<(), String> {
     if failed.is_empty() { Ok(()) } else { Err(failed.join("\nbroker: ")) }
 }
 
-/// The plan of a run with this policy, a workspace and pipes.
-fn explain(policy: &Policy, json: bool) -> Result<(), String> {
-    let wishes =
-        Wishes { command: vec![OsString::from("COMMAND")], streams: [Stream::Pipe; 3], ..Wishes::default() };
+/// The plan of a run with this policy and pipes.
+fn explain(policy: &Policy, workspace: Option<WorkspaceArgument>, json: bool) -> Result<(), String> {
+    let command = vec![OsString::from("COMMAND")];
+    let wishes = Wishes { command, workspace, streams: [Stream::Pipe; 3], ..Wishes::default() };
     let job = Job::narrow(policy, wishes).map_err(|error| error.to_string())?;
     let host = Host::probe(policy, Caller::current(std::env::var_os("HOME"), std::env::var_os("PATH")));
     let plan = Plan::make(policy, &job, &host).map_err(|error| error.to_string())?;

@@ -12,7 +12,7 @@ use rustix::fd::OwnedFd;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
 use crate::host::{Controller, cgroup1_root, cgroup2_root, open_directory};
-use crate::plan::{CgroupPlan, CgroupVersion};
+use crate::plan::{CgroupPlan, CgroupVersion, IoPlan};
 
 /// Our own top-level group.
 const TOP: &str = "broker";
@@ -121,6 +121,9 @@ impl Group {
         if let Some(share) = plan.cpu_thousandths {
             write(&directory.join("cpu.max"), &format!("{} {CPU_PERIOD_US}", quota_us(share)))?;
         }
+        for (major, minor, bytes) in plan.io.iter().flat_map(by_disk) {
+            write(&directory.join("io.max"), &format!("{major}:{minor} rbps={bytes} wbps={bytes}"))?;
+        }
         Ok(())
     }
 
@@ -139,6 +142,13 @@ impl Group {
                 Some(Controller::Cpu) => {
                     let quota = quota_us(plan.cpu_thousandths.unwrap_or_default());
                     write(&directory.join("cpu.cfs_quota_us"), &quota.to_string())?;
+                }
+                Some(Controller::Io) => {
+                    for (major, minor, bytes) in plan.io.iter().flat_map(by_disk) {
+                        for file in ["blkio.throttle.read_bps_device", "blkio.throttle.write_bps_device"] {
+                            write(&directory.join(file), &format!("{major}:{minor} {bytes}"))?;
+                        }
+                    }
                 }
                 None => {}
             }
@@ -201,7 +211,7 @@ impl Group {
                     counts.pids_peak = number("pids.peak");
                     counts.pids_refused = field("pids.events", "max");
                 }
-                Some(Controller::Cpu) => {}
+                Some(Controller::Cpu | Controller::Io) => {}
             }
         }
         counts
@@ -237,8 +247,14 @@ fn controllers(plan: &CgroupPlan) -> impl Iterator<Item = Controller> {
         plan.memory_bytes_max.map(|_| Controller::Memory),
         plan.pids_max.map(|_| Controller::Pids),
         plan.cpu_thousandths.map(|_| Controller::Cpu),
+        plan.io.as_ref().map(|_| Controller::Io),
     ];
     wanted.into_iter().flatten()
+}
+
+/// A limit for each disk; a file takes one at a time.
+fn by_disk(plan: &IoPlan) -> impl Iterator<Item = (u32, u32, u64)> {
+    plan.disks.iter().map(|(major, minor)| (*major, *minor, plan.bytes_per_second))
 }
 
 fn quota_us(thousandths: u32) -> u64 {

@@ -79,6 +79,7 @@ impl Plan {
                 ("memory bytes", group.memory_bytes_max),
                 ("processes and threads", group.pids_max.map(u64::from)),
                 ("thousandths of a processor", group.cpu_thousandths.map(u64::from)),
+                ("bytes a second of each disk", group.io.as_ref().map(|io| io.bytes_per_second)),
             ] {
                 if let Some(value) = value {
                     writeln!(out, "  {what}: {value} (cgroup {:?})", group.version)?;

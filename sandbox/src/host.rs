@@ -26,6 +26,8 @@ pub struct Host {
     pub cgroups: Cgroups,
     /// Who asks.
     pub caller: Caller,
+    /// The disks, if the policy limits their traffic.
+    pub disks: Vec<Device>,
     /// What stands at the places that the policy names, `~/` replaced.
     pub paths: BTreeMap<PathBuf, PathKind>,
 }
@@ -58,18 +60,24 @@ pub enum Controller {
     Pids,
     /// Processor time.
     Cpu,
+    /// Traffic of disks.
+    Io,
 }
+
+/// A device's number: major, minor.
+pub type Device = (u32, u32);
 
 impl Controller {
     /// All of them.
-    pub const ALL: [Controller; 3] = [Controller::Memory, Controller::Pids, Controller::Cpu];
+    pub const ALL: [Controller; 4] = [Controller::Memory, Controller::Pids, Controller::Cpu, Controller::Io];
 
-    /// As the kernel calls it.
+    /// As cgroups(7) v2 calls it.
     pub fn name(self) -> &'static str {
         match self {
             Controller::Memory => "memory",
             Controller::Pids => "pids",
             Controller::Cpu => "cpu",
+            Controller::Io => "io",
         }
     }
 }
@@ -114,7 +122,8 @@ impl Host {
         let wanted = read.cloned().chain(homes.filter(|path| path.as_str().starts_with("~/")));
         let paths =
             wanted.filter_map(|path| caller.expand(&path)).map(|path| (path.clone(), look(&path))).collect();
-        Host { landlock_abi: sys::landlock_abi(), cgroups: cgroups(), caller, paths }
+        let disks = policy.file().limits.io.map(|_| disks()).unwrap_or_default();
+        Host { landlock_abi: sys::landlock_abi(), cgroups: cgroups(), caller, disks, paths }
     }
 
     /// What stands at `path`; [`PathKind::Absent`] for what the policy did not name.
@@ -174,9 +183,24 @@ fn cgroups() -> Cgroups {
     if controllers.is_empty() { Cgroups::None } else { Cgroups::V1 { controllers } }
 }
 
+/// Whole disks that hold something (`Documentation/ABI/stable/sysfs-block`): limits are set by disk.
+fn disks() -> Vec<Device> {
+    let disk = |directory: PathBuf| {
+        let read = |name: &str| std::fs::read_to_string(directory.join(name)).ok();
+        let sectors: u64 = read("size")?.trim().parse().ok()?;
+        let number = read("dev")?;
+        let (major, minor) = number.trim().split_once(':')?;
+        (sectors > 0).then_some((major.parse().ok()?, minor.parse().ok()?))
+    };
+    let listed = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let mut disks: Vec<Device> = listed.filter_map(|entry| disk(entry.path())).collect();
+    disks.sort_unstable();
+    disks
+}
+
 /// The root of a v1 controller's hierarchy.
 pub(crate) fn cgroup1_root(controller: Controller) -> PathBuf {
-    Path::new(CGROUP_ROOT).join(controller.name())
+    Path::new(CGROUP_ROOT).join(if controller == Controller::Io { "blkio" } else { controller.name() })
 }
 
 /// The root of the v2 hierarchy.

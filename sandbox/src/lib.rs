@@ -25,12 +25,12 @@ mod sys;
 mod workspace;
 
 pub use cgroup::GroupError;
-pub use host::{Caller, Cgroups, Controller, Host, PathKind};
+pub use host::{Caller, Cgroups, Controller, Device, Host, PathKind};
 pub use job::{Job, NarrowError, Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish};
 pub use launch::{LaunchError, run, shared_directory};
 pub use open::OpenError;
 pub use plan::{
-    CgroupPlan, CgroupVersion, CommandPlan, Exec, INNER_ID, LANDLOCK_ABI_TESTED, LandlockAccess,
+    CgroupPlan, CgroupVersion, CommandPlan, Exec, INNER_ID, IoPlan, LANDLOCK_ABI_TESTED, LandlockAccess,
     LandlockPlan, Owner, Placeholder, Plan, PlanError, Protect, Rlimit, SeccompPlan, Step, StreamPlan,
     StreamsPlan, UnixSockets, WorkspacePlan,
 };

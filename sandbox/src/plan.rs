@@ -3,17 +3,20 @@
 //! It is what the launcher executes, what `broker policy explain` prints and what golden tests compare.
 
 mod command;
+mod error;
 pub(crate) mod files;
+mod limits;
 
-use std::fmt;
 use std::path::PathBuf;
 
 use serde::Serialize;
 
 pub use command::CommandPlan;
+pub use error::PlanError;
 pub use files::{Exec, Owner, Step};
+pub use limits::{CgroupPlan, CgroupVersion, IoPlan, Rlimit};
 
-use crate::host::{Cgroups, Controller, Host};
+use crate::host::Host;
 use crate::job::{Job, Stream, Terminal, WorkspaceMode};
 use crate::policy::{Gap, Policy};
 
@@ -89,47 +92,6 @@ pub enum Placeholder {
     File(String),
 }
 
-/// Limits of the whole sandbox.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct CgroupPlan {
-    /// v1 or v2.
-    pub version: CgroupVersion,
-    /// Bytes.
-    pub memory_bytes_max: Option<u64>,
-    /// Processes and threads, init included.
-    pub pids_max: Option<u32>,
-    /// Thousandths of a processor.
-    pub cpu_thousandths: Option<u32>,
-}
-
-/// Which kind of hierarchy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum CgroupVersion {
-    /// One a controller.
-    V1,
-    /// One for all.
-    V2,
-}
-
-/// The limits of setrlimit(2) that are set.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Rlimit {
-    /// 1, which the kernel treats as "run no core handler either" (core(5)); 0 would still run a `|handler`.
-    Core,
-    /// Open descriptors.
-    OpenFiles,
-    /// Size of a file.
-    FileSize,
-    /// Locked memory.
-    LockedMemory,
-    /// Real-time priority.
-    RealTimePriority,
-    /// Niceness.
-    Nice,
-}
-
 /// The second fence.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LandlockPlan {
@@ -192,78 +154,6 @@ pub enum StreamPlan {
     Null,
 }
 
-/// Why this host cannot do what the policy demands.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PlanError {
-    /// The kernel's Landlock is older than the policy's floor.
-    LandlockFloor {
-        /// As demanded.
-        floor: u8,
-        /// As found; 0 for none.
-        found: u8,
-    },
-    /// A limit has no controller here.
-    NoController {
-        /// The limit's controller.
-        controller: Controller,
-    },
-    /// Two protections exclude each other on this kernel, and the policy does not name the gap.
-    GapNotAllowed {
-        /// The gap to name in `allow_gaps`.
-        gap: Gap,
-    },
-    /// The policy names a place that is the sandbox's own.
-    Reserved {
-        /// Which.
-        path: PathBuf,
-    },
-    /// Only root can be the caller here.
-    NotRoot,
-}
-
-impl fmt::Display for PlanError {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            PlanError::LandlockFloor { floor, found: 0 } => {
-                write!(
-                    out,
-                    "the policy demands Landlock ABI {floor}, and this kernel has no Landlock (boot with `lsm=landlock,...`)"
-                )
-            }
-            PlanError::LandlockFloor { floor, found } => {
-                write!(
-                    out,
-                    "the policy demands Landlock ABI {floor}, this kernel has {found}; lower `landlock.floor` or use a newer kernel"
-                )
-            }
-            PlanError::NoController { controller } => write!(
-                out,
-                "no control group on this host can limit {}; mount the controller, or name the gap: allow_gaps = [\"{}\"]",
-                controller.name(),
-                Gap::NoCgroup
-            ),
-            PlanError::GapNotAllowed { gap } => {
-                write!(
-                    out,
-                    "what the policy asks for leaves a gap on this kernel; name it to accept it: allow_gaps = [\"{gap}\"]"
-                )
-            }
-            PlanError::Reserved { path } => {
-                write!(
-                    out,
-                    "{} cannot be shown: inside, that place is the sandbox's own; name what is needed below it",
-                    path.display()
-                )
-            }
-            PlanError::NotRoot => {
-                out.write_str("only root can start a sandbox on this host without the daemon; run as root")
-            }
-        }
-    }
-}
-
-impl std::error::Error for PlanError {}
-
 impl Plan {
     /// What `policy` and `job` come to on `host`.
     ///
@@ -279,8 +169,8 @@ impl Plan {
         let files = files::steps(policy, host, &base)?;
         Ok(Plan {
             policy: policy.name().to_owned(),
-            cgroup: cgroup(policy, job, host, &mut gaps)?,
-            rlimits: rlimits(job),
+            cgroup: limits::cgroup(policy, job, host, &mut gaps)?,
+            rlimits: limits::rlimits(job),
             timeout_ms: job.limits.timeout.map(milliseconds),
             grace_ms: job.limits.grace.map_or(2_000, milliseconds),
             output_bytes_max: job.limits.output.map(|size| size.bytes()),
@@ -325,50 +215,6 @@ fn workspace(policy: &Policy, job: &Job) -> Option<WorkspacePlan> {
     // A parent comes before what is below it: `.git` is covered whole where it is absent.
     protect.sort_by(|one, other| one.path.cmp(&other.path));
     Some(WorkspacePlan { directory: wish.directory.clone(), mode: wish.mode, protect })
-}
-
-fn cgroup(
-    policy: &Policy,
-    job: &Job,
-    host: &Host,
-    gaps: &mut Vec<Gap>,
-) -> Result<Option<CgroupPlan>, PlanError> {
-    let limits = &job.limits;
-    let mut wanted = Vec::new();
-    wanted.extend(limits.memory.map(|_| Controller::Memory));
-    wanted.extend(limits.pids.map(|_| Controller::Pids));
-    wanted.extend(limits.cpus.map(|_| Controller::Cpu));
-    if wanted.is_empty() {
-        return Ok(None);
-    }
-    let (version, offered) = match &host.cgroups {
-        Cgroups::V2 { controllers } => (CgroupVersion::V2, controllers.as_slice()),
-        Cgroups::V1 { controllers } => (CgroupVersion::V1, controllers.as_slice()),
-        Cgroups::None => (CgroupVersion::V2, [].as_slice()),
-    };
-    if let Some(missing) = wanted.iter().find(|controller| !offered.contains(controller)) {
-        if !policy.file().allow_gaps.contains(&Gap::NoCgroup) {
-            return Err(PlanError::NoController { controller: *missing });
-        }
-        gaps.push(Gap::NoCgroup);
-    }
-    let has = |controller| offered.contains(&controller);
-    let plan = CgroupPlan {
-        version,
-        memory_bytes_max: limits.memory.map(|size| size.bytes()).filter(|_| has(Controller::Memory)),
-        // Init counts too, and is not the workload's.
-        pids_max: limits.pids.map(|count| count.get().saturating_add(1)).filter(|_| has(Controller::Pids)),
-        cpu_thousandths: limits.cpus.map(|cpus| cpus.thousandths()).filter(|_| has(Controller::Cpu)),
-    };
-    Ok(if wanted.iter().any(|controller| has(*controller)) { Some(plan) } else { None })
-}
-
-fn rlimits(job: &Job) -> Vec<(Rlimit, u64)> {
-    let mut list = vec![(Rlimit::Core, 1), (Rlimit::RealTimePriority, 0), (Rlimit::Nice, 0)];
-    list.push((Rlimit::LockedMemory, 8 << 20));
-    list.extend(job.limits.open_files.map(|count| (Rlimit::OpenFiles, u64::from(count.get()))));
-    list.extend(job.limits.file_size.map(|size| (Rlimit::FileSize, size.bytes())));
-    list
 }
 
 fn landlock<'a>(

@@ -64,6 +64,7 @@ fn host() -> Host {
     Host {
         landlock_abi: 7,
         cgroups: Cgroups::V2 { controllers: Controller::ALL.into() },
+        disks: Vec::new(),
         caller: Caller {
             uid: 0,
             gid: 0,

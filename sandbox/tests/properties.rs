@@ -31,7 +31,13 @@ fn parse(text: &str) -> Policy {
 
 fn host(paths: BTreeMap<PathBuf, PathKind>) -> Host {
     let caller = Caller { uid: 0, gid: 0, home: Some(USER_HOME.into()), path: vec!["/usr/bin".into()] };
-    Host { landlock_abi: 7, cgroups: Cgroups::V2 { controllers: Controller::ALL.into() }, caller, paths }
+    Host {
+        landlock_abi: 7,
+        cgroups: Cgroups::V2 { controllers: Controller::ALL.into() },
+        caller,
+        disks: Vec::new(),
+        paths,
+    }
 }
 
 fn wishes(workspace: Option<WorkspaceMode>) -> Wishes {
@@ -314,13 +320,13 @@ proptest! {
     }
 
     #[test]
-    fn a_limit_without_its_controller_is_an_error_or_a_named_gap(has in any::<[bool; 3]>(), gap: bool) {
+    fn a_limit_without_its_controller_is_an_error_or_a_named_gap(has in any::<[bool; 4]>(), gap: bool) {
         let gaps = if gap { "allow_gaps = [\"no-cgroup\"]\n" } else { "" };
-        let policy = parse(&format!("{gaps}[limits]\nmemory = \"1GiB\"\npids = 9\ncpus = 1\n"));
+        let policy = parse(&format!("{gaps}[limits]\nmemory = \"1GiB\"\npids = 9\ncpus = 1\nio = \"1MiB\"\n"));
         let controllers = Controller::ALL.into_iter().zip(has).filter(|(_, has)| *has).map(|(one, _)| one).collect();
         match plan(&policy, &Host { cgroups: Cgroups::V2 { controllers }, ..host(BTreeMap::new()) }) {
-            Ok(plan) => prop_assert_eq!(plan.gaps.as_slice(), if has == [true; 3] { &[][..] } else { &[Gap::NoCgroup] }),
-            Err(error) => prop_assert!(!gap && has != [true; 3], "{error}"),
+            Ok(plan) => prop_assert_eq!(plan.gaps.as_slice(), if has == [true; 4] { &[][..] } else { &[Gap::NoCgroup] }),
+            Err(error) => prop_assert!(!gap && has != [true; 4], "{error}"),
         }
     }
 }

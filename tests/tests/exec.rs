@@ -135,8 +135,10 @@ fn assert_refused(options: &[&str], said: &[&str]) {
     let error = text(&output.stderr);
     assert_eq!(output.status.code(), Some(125), "{options:?}: {error}");
     assert!(output.stdout.is_empty(), "{options:?}: it ran");
-    let begun = |line: &&str| line.starts_with("broker: ") || line.starts_with("error: ");
-    assert_eq!(error.lines().filter(begun).count(), 1, "{options:?}: not one error: {error}");
+    assert!(
+        error.starts_with("broker: ") && error.lines().count() == 1,
+        "{options:?}: not one line: {error}"
+    );
     for word in said {
         assert!(error.contains(word), "{options:?}: no {word:?} in {error}");
     }
@@ -178,6 +180,9 @@ fn the_status_is_125_where_the_broker_cannot_do_what_was_asked_and_the_error_say
     let nothing = Command::new(program("broker")).arg("exec").output().expect("broker runs");
     assert_eq!(nothing.status.code(), Some(125));
     assert!(text(&nothing.stderr).contains("<COMMAND>"), "{}", text(&nothing.stderr));
+    let stray = Command::new(program("broker")).args(["exec", "true"]).output().expect("broker runs");
+    assert_eq!(stray.status.code(), Some(125));
+    assert!(text(&stray.stderr).contains("comes after `--`"), "{}", text(&stray.stderr));
 }
 
 #[test]

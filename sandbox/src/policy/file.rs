@@ -95,6 +95,8 @@ pub struct Limits {
     pub pids: Option<Count>,
     /// Processor time.
     pub cpus: Option<Cpus>,
+    /// Bytes read, and as many written, in a second, of each disk.
+    pub io: Option<ByteSize>,
     /// Wall-clock time until `SIGTERM`.
     pub timeout: Option<Span>,
     /// From `SIGTERM` to `SIGKILL`; 2 s where left out.

@@ -66,7 +66,7 @@ pub enum PolicyError {
 impl fmt::Display for PolicyError {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            PolicyError::Parse { name, message } => write!(out, "policy {name}: {}", message.trim_end()),
+            PolicyError::Parse { name, message } => write!(out, "policy {name}: {message}"),
             PolicyError::Unknown { name, known } => {
                 write!(
                     out,
@@ -169,8 +169,17 @@ fn parse_file(name: &str, text: &str) -> Result<PolicyFile, PolicyError> {
     if text.len() > POLICY_BYTES_MAX {
         return Err(PolicyError::TooLarge { name: name.to_owned() });
     }
-    toml::from_str(text)
-        .map_err(|error| PolicyError::Parse { name: name.to_owned(), message: error.to_string() })
+    toml::from_str(text).map_err(|error: toml::de::Error| {
+        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+        let line = before.matches('\n').count() + 1;
+        let column = before.chars().rev().take_while(|character| *character != '\n').count() + 1;
+        // One error is one line, wherever it is printed.
+        let message = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
+        PolicyError::Parse {
+            name: name.to_owned(),
+            message: format!("line {line}, column {column}: {message}"),
+        }
+    })
 }
 
 /// `over` added to `base`: lists and tables grow, single values are replaced.
@@ -195,6 +204,7 @@ fn merge(base: PolicyFile, over: PolicyFile) -> PolicyFile {
             memory: over.limits.memory.or(base.limits.memory),
             pids: over.limits.pids.or(base.limits.pids),
             cpus: over.limits.cpus.or(base.limits.cpus),
+            io: over.limits.io.or(base.limits.io),
             timeout: over.limits.timeout.or(base.limits.timeout),
             grace: over.limits.grace.or(base.limits.grace),
             output: over.limits.output.or(base.limits.output),

@@ -346,3 +346,24 @@ fn rs_06_processor_time_is_limited() {
     assert_eq!(output.status.code(), Some(124), "RS-06: {output:?}");
     assert!(start.elapsed() < Duration::from_secs(6), "RS-06: the deadline held after {:?}", start.elapsed());
 }
+
+/// The policy's `io`. Method: 3 MiB past the page cache at 1 MiB a second. Oracle: the host's clock, which can only
+/// make it longer; the control is the same writing without the limit.
+#[test]
+fn traffic_of_disks_is_limited() {
+    let directory = folder("broker-io-");
+    let writing = "dd if=/dev/zero of=written bs=64k count=48 oflag=direct status=none";
+    let taken = |extra: &str| {
+        let sandbox =
+            Sandbox::with(extra).option("--workspace").option(directory.path().display().to_string());
+        let start = Instant::now();
+        let output = sandbox.shell(writing);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        assert_eq!(directory.path().join("written").metadata().expect("it was written").len(), 3 << 20);
+        start.elapsed()
+    };
+    let control = taken("");
+    assert!(control < Duration::from_secs(2), "control: {control:?}");
+    let inside = taken("[limits]\nio = \"1MiB\"\n");
+    assert!(inside > Duration::from_secs(2), "3 MiB at 1 MiB a second took {inside:?}");
+}
