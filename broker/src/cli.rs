@@ -27,6 +27,45 @@ pub enum Command {
     /// Run one confined command
     #[command(after_help = EXEC_HELP)]
     Exec(Box<ExecArguments>),
+    /// Run the daemon (as root)
+    Serve {
+        /// Instead of /etc/broker/config.toml
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+    /// A part of the daemon, started by it
+    #[command(hide = true)]
+    Role {
+        /// Which
+        role: Role,
+    },
+    /// List the daemon's sandboxes that live
+    Ps {
+        #[command(flatten)]
+        connect: Connect,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what is known of one sandbox, as JSON
+    Inspect {
+        /// Its name, as `broker ps` lists it
+        #[arg(value_name = "ID")]
+        sandbox: String,
+        #[command(flatten)]
+        connect: Connect,
+    },
+    /// End a sandbox at once
+    Kill {
+        /// Its name, as `broker ps` lists it
+        #[arg(value_name = "ID")]
+        sandbox: String,
+        #[command(flatten)]
+        connect: Connect,
+    },
+    /// Show or verify the daemon's record
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// List, show, check and explain policies
     #[command(subcommand)]
     Policy(PolicyCommand),
@@ -45,6 +84,45 @@ pub enum Command {
     Man {
         /// An existing directory
         directory: PathBuf,
+    },
+}
+
+/// A part of the daemon.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum Role {
+    /// Speaks with peers and decides.
+    Core,
+}
+
+/// Where the daemon listens.
+#[derive(Debug, Args)]
+pub struct Connect {
+    /// The daemon's socket
+    #[arg(long, value_name = "SOCKET")]
+    connect: Option<PathBuf>,
+}
+
+impl Connect {
+    /// As given, or where it listens by default.
+    pub fn socket(&self) -> PathBuf {
+        self.connect.clone().unwrap_or_else(|| crate::serve::SOCKET.into())
+    }
+}
+
+/// `broker audit`
+#[derive(Debug, Subcommand)]
+pub enum AuditCommand {
+    /// Print every record, one line each
+    Show {
+        /// The daemon's state directory
+        #[arg(long, value_name = "DIR", default_value = crate::serve::STATE)]
+        state: PathBuf,
+    },
+    /// Check that no record was edited, removed, reordered or cut off
+    Verify {
+        /// The daemon's state directory
+        #[arg(long, value_name = "DIR", default_value = crate::serve::STATE)]
+        state: PathBuf,
     },
 }
 
@@ -88,9 +166,12 @@ pub struct ExecArguments {
     /// Run in a fresh pseudo-terminal
     #[arg(long)]
     pub tty: bool,
-    /// Run in this process's own tree, without a daemon (there is no other way yet)
-    #[arg(long)]
+    /// Run in this process's own tree, even where a daemon answers
+    #[arg(long, conflicts_with = "connect")]
     pub embedded: bool,
+    /// Run through the daemon that listens there, and not at all where none does
+    #[arg(long, value_name = "SOCKET")]
+    pub connect: Option<PathBuf>,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,

@@ -1,13 +1,16 @@
 //! `broker exec`: one confined run.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use sandbox::{Caller, Host, Job, LaunchError, Plan, Policy, Report, Terminal, Wishes};
+use sandbox::{Caller, Host, Job, LaunchError, Outcome, Plan, Policy, Report, Terminal, Wishes};
 
 use crate::cli::{EnvArgument, ExecArguments};
+use crate::client::{Client, ClientError};
 use crate::library::Policies;
 use crate::report_file::ReportFile;
+use crate::serve::SOCKET;
+use crate::through_daemon;
 
 /// What `broker exec` exits with when it could not do what was asked.
 const CANNOT: u8 = 125;
@@ -19,6 +22,11 @@ pub fn run(arguments: ExecArguments) -> ExitCode {
         Ok(file) => file,
         Err(error) => return cannot_report(report_to.as_deref(), &error),
     };
+    match daemon(&arguments) {
+        Ok(Some((socket, client))) => return through(arguments, client, &socket, report_file.as_ref()),
+        Ok(None) => {}
+        Err(error) => return refuse(&error),
+    }
     let (policy, plan) = match prepare(arguments) {
         Ok(prepared) => prepared,
         Err(error) => {
@@ -31,7 +39,10 @@ pub fn run(arguments: ExecArguments) -> ExitCode {
     let ran = sandbox::run(&plan, &sandbox::shared_directory());
     let status = match &ran {
         Ok(report) => {
-            explain(report, &plan);
+            let command =
+                plan.command.arguments.first().map(|name| name.to_string_lossy()).unwrap_or_default();
+            explain(&report.outcome, &command);
+            explain_output(report);
             // Output that got lost is no success, whatever the command made of it.
             if report.denials.output_errno.is_some() { CANNOT } else { report.outcome.exit_status() }
         }
@@ -42,6 +53,67 @@ pub fn run(arguments: ExecArguments) -> ExitCode {
     };
     if let Some(file) = report_file
         && let Err(error) = report_text(&ran, &policy, &plan).and_then(|text| file.write(&text))
+    {
+        return cannot_report(report_to.as_deref(), &error);
+    }
+    ExitCode::from(status)
+}
+
+/// The daemon, where one is asked for or answers. What it cannot do yet goes on embedded, where the caller may.
+fn daemon(arguments: &ExecArguments) -> Result<Option<(PathBuf, Client)>, String> {
+    let own = arguments.tty || arguments.policy.contains('/') || arguments.policy.ends_with(".toml");
+    match &arguments.connect {
+        Some(_) if own => Err("--tty and policy files need --embedded".to_owned()),
+        Some(socket) => {
+            Client::connect(socket).map(|client| Some((socket.clone(), client))).map_err(|error| {
+                format!("no daemon answers at {}: {error}; start `broker serve`", socket.display())
+            })
+        }
+        None if own || arguments.embedded => Ok(None),
+        None => Ok(Client::connect(Path::new(SOCKET)).ok().map(|client| (SOCKET.into(), client))),
+    }
+}
+
+/// A run of the daemon's.
+fn through(
+    arguments: ExecArguments,
+    client: Client,
+    socket: &Path,
+    report_file: Option<&ReportFile>,
+) -> ExitCode {
+    let report_to = arguments.report.clone();
+    let name = arguments.policy.clone();
+    let policy = Policies::of_host().load(&name).map_err(|error| error.to_string());
+    // Which variables are passed on is the policy's; without it the daemon has the last word anyway.
+    let wishes = policy.and_then(|policy| wishes(arguments, &policy));
+    let wishes = match wishes {
+        Ok(wishes) => wishes,
+        Err(error) => return refuse(&error),
+    };
+    let command = wishes.command.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let (mut report, status) = match through_daemon::run(client, socket, &name, wishes) {
+        Ok(report) => {
+            let outcome = serde_json::from_value::<Outcome>(report["outcome"].clone());
+            let status = match &outcome {
+                Ok(outcome) => {
+                    explain(outcome, &command);
+                    outcome.exit_status()
+                }
+                Err(_) => CANNOT,
+            };
+            (report, status)
+        }
+        Err(error) => {
+            eprintln!("broker: {error}");
+            let ClientError::Refused { parameters, .. } = error else { return ExitCode::from(CANNOT) };
+            let outcome = serde_json::json!({ "kind": "setup_failed", "step": "daemon", "message": parameters["message"] });
+            (serde_json::json!({ "outcome": outcome }), CANNOT)
+        }
+    };
+    report["through"] = socket.display().to_string().into();
+    let text = format!("{report:#}\n");
+    if let Some(file) = report_file
+        && let Err(error) = file.write(&text)
     {
         return cannot_report(report_to.as_deref(), &error);
     }
@@ -90,26 +162,25 @@ fn wishes(arguments: ExecArguments, policy: &Policy) -> Result<Wishes, String> {
 }
 
 /// What an exit status alone does not say.
-fn explain(report: &Report, plan: &Plan) {
-    use sandbox::Outcome;
-    match &report.outcome {
+fn explain(outcome: &Outcome, command: &str) {
+    match outcome {
         Outcome::TimedOut => eprintln!("broker: the time limit was reached"),
         Outcome::Oom => eprintln!("broker: the memory limit was reached"),
         Outcome::NotFound => {
-            let command =
-                plan.command.arguments.first().map(|name| name.to_string_lossy()).unwrap_or_default();
             eprintln!(
                 "broker: {command}: command not found; `broker policy explain` shows what can be seen inside"
             );
         }
         Outcome::NotExecutable { errno } => {
-            eprintln!(
-                "broker: the command cannot be executed: {}",
-                std::io::Error::from_raw_os_error(*errno)
-            );
+            let why = std::io::Error::from_raw_os_error(*errno);
+            eprintln!("broker: {command}: cannot be executed: {why}");
         }
         _ => {}
     }
+}
+
+/// What became of the output.
+fn explain_output(report: &Report) {
     if let Some(errno) = report.denials.output_errno {
         eprintln!("broker: output was lost: {}", std::io::Error::from_raw_os_error(errno));
     }

@@ -1,11 +1,18 @@
 //! `broker`: runs tools confined.
 
 mod cli;
+mod client;
+mod connection;
 mod doctor;
 mod exec;
 mod library;
+mod operate;
 mod policy;
+mod protocol;
 mod report_file;
+mod serve;
+mod through_daemon;
+mod wire;
 
 use std::process::ExitCode;
 
@@ -13,6 +20,13 @@ fn main() -> ExitCode {
     match cli::parse() {
         cli::Command::Exec(arguments) => exec::run(*arguments),
         cli::Command::Policy(command) => policy::run(command),
+        cli::Command::Serve { config } => serve::serve(config.as_deref()),
+        cli::Command::Role { role: cli::Role::Core } => serve::role_core(),
+        cli::Command::Ps { connect, json } => operate::list(&connect.socket(), json),
+        cli::Command::Inspect { sandbox, connect } => operate::inspect(&connect.socket(), &sandbox),
+        cli::Command::Kill { sandbox, connect } => operate::kill(&connect.socket(), &sandbox),
+        cli::Command::Audit(cli::AuditCommand::Show { state }) => serve::audit_show(&state),
+        cli::Command::Audit(cli::AuditCommand::Verify { state }) => serve::audit_verify(&state),
         cli::Command::Doctor { json } => doctor::run(json),
         cli::Command::Completions { shell } => {
             cli::completions(shell);

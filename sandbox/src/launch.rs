@@ -7,7 +7,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fd::AsFd;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::pipe::{PipeFlags, pipe_with};
 use seccompiler::BpfProgram;
 
@@ -25,7 +25,7 @@ use crate::slot::{Slot, SlotError};
 use crate::streams::{self, Streams};
 use crate::supervise::{Ended, Running, Signals};
 use crate::sys::{self, Image, Side};
-use crate::workspace::{Workspace, WorkspaceError};
+use crate::workspace::{Lent, Workspace, WorkspaceError};
 
 /// Every namespace but those of users, which comes last, and control groups, which comes after the move into one.
 const NAMESPACES: i32 =
@@ -112,6 +112,33 @@ fn call(what: &'static str) -> impl Fn(io::Error) -> LaunchError {
     move |source| LaunchError::Call { what, source }
 }
 
+/// What somebody else has opened for a run, and who that is.
+#[derive(Debug)]
+pub struct Given {
+    /// Standard input, output, error: pipes, or nothing for `/dev/null`.
+    pub streams: [Option<OwnedFd>; 3],
+    /// The directory of the plan's workspace, opened by the caller's own right.
+    pub workspace: Option<OwnedFd>,
+    /// The caller's uid and gid.
+    pub caller: (u32, u32),
+    /// The caller itself (pidfd_open(2)).
+    pub process: Option<OwnedFd>,
+}
+
+/// As [`run`], with what a caller has handed over. Standard streams of this process are replaced.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_given(plan: &Plan, shared: &Path, given: Given) -> Result<Report, LaunchError> {
+    let Given { streams, workspace, caller: (uid, gid), process } = given;
+    streams::install(streams).map_err(call("standard streams"))?;
+    let lent = workspace.map(|directory| Lent { directory, uid, gid, process });
+    if plan.workspace.is_some() && lent.is_none() {
+        return Err(call("workspace")(io::Error::from_raw_os_error(libc::EBADF)));
+    }
+    run_lent(plan, shared, lent.as_ref())
+}
+
 /// Runs the command of `plan` in a sandbox of its own, and returns when nothing of it is left.
 ///
 /// `shared` is the directory of uid slots and
@@ -121,6 +148,10 @@ fn call(what: &'static str) -> impl Fn(io::Error) -> LaunchError {
 /// # Errors
 /// When the sandbox cannot be set up as planned. Then nothing was executed, and nothing is left either.
 pub fn run(plan: &Plan, shared: &Path) -> Result<Report, LaunchError> {
+    run_lent(plan, shared, None)
+}
+
+fn run_lent(plan: &Plan, shared: &Path, lent: Option<&Lent>) -> Result<Report, LaunchError> {
     sys::hear_of_children();
     let filter = seccomp::compile(plan.seccomp)
         .map_err(|error| call("system-call filter")(io::Error::other(error)))?;
@@ -131,7 +162,7 @@ pub fn run(plan: &Plan, shared: &Path) -> Result<Report, LaunchError> {
     let workspace = plan
         .workspace
         .as_ref()
-        .map(|plan| Workspace::open(plan, slot.uid(), &shared.join("holds")))
+        .map(|plan| Workspace::open(plan, slot.uid(), &shared.join("holds"), lent))
         .transpose();
     let ended = workspace.map_err(LaunchError::Workspace).and_then(|workspace| {
         let parts = Parts { plan, filter: &filter, slot: &slot, group: group.as_ref(), signals: &signals };
@@ -213,6 +244,35 @@ fn image(plan: &Plan, pin: &Pin) -> io::Result<Image> {
         plan.streams == crate::plan::StreamsPlan::Terminal,
         pin.processors(),
     ))
+}
+
+/// Forks a process that has `given`, `channel` and the standard streams of this one, runs `body` and ends; it dies with this
+/// one. Returns its pidfd. The caller has one thread.
+///
+/// # Errors
+/// As clone3(2).
+pub fn fork_supervisor(
+    given: Vec<OwnedFd>,
+    channel: OwnedFd,
+    body: impl FnOnce(Vec<OwnedFd>, OwnedFd),
+) -> io::Result<OwnedFd> {
+    let launcher = nix::unistd::getpid();
+    match sys::clone3(0, None)? {
+        Side::Parent { pidfd, .. } => Ok(pidfd),
+        Side::Child => {
+            let standard = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
+            let own = given.iter().chain([&channel]).map(AsFd::as_fd);
+            let kept: Vec<BorrowedFd<'_>> = standard.into_iter().chain(own).collect();
+            let ready = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
+                .map_err(io::Error::from)
+                .and_then(|()| sys::close_all_but(&kept));
+            if ready.is_err() || nix::unistd::getppid() != launcher {
+                sys::exit_now(1);
+            }
+            body(given, channel);
+            sys::exit_now(0)
+        }
+    }
 }
 
 /// What all who start sandboxes on this host share.

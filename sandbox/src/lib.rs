@@ -27,7 +27,7 @@ mod workspace;
 pub use cgroup::GroupError;
 pub use host::{Caller, Cgroups, Controller, Device, Host, PathKind};
 pub use job::{Job, NarrowError, Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish};
-pub use launch::{LaunchError, run, shared_directory};
+pub use launch::{Given, LaunchError, fork_supervisor, run, run_given, shared_directory};
 pub use open::OpenError;
 pub use plan::{
     CgroupPlan, CgroupVersion, CommandPlan, Exec, INNER_ID, IoPlan, LANDLOCK_ABI_TESTED, LandlockAccess,
@@ -41,4 +41,5 @@ pub use policy::{
 pub use report::{Denials, Enforcement, Outcome, Report, Usage};
 pub use slot::SlotError;
 pub use streams::classify as classify_streams;
+pub use sys::drop_bounding_set;
 pub use workspace::WorkspaceError;

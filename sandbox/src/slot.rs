@@ -64,7 +64,7 @@ impl Slot {
             let lock = match open() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound && !made => {
                     made = true;
-                    DirBuilder::new().recursive(true).mode(0o700).create(directory).and_then(|()| open())
+                    make_private(directory).and_then(|()| open())
                 }
                 other => other,
             };
@@ -106,4 +106,12 @@ impl Slot {
     pub fn lock(&self) -> &File {
         &self.lock
     }
+}
+
+/// Makes `directory` for root alone, in one that a daemon's socket may stand in too.
+pub(crate) fn make_private(directory: &Path) -> io::Result<()> {
+    if let Some(parent) = directory.parent() {
+        DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
+    }
+    DirBuilder::new().recursive(true).mode(0o700).create(directory)
 }

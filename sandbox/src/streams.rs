@@ -37,6 +37,15 @@ fn kind(stream: BorrowedFd<'_>) -> Stream {
     }
 }
 
+/// Makes `streams` the standard streams of this process; `/dev/null` where there is none.
+pub(crate) fn install(streams: [Option<OwnedFd>; 3]) -> io::Result<()> {
+    let [input, output, errors] = streams;
+    let or_null = |stream: Option<OwnedFd>| stream.map_or_else(null, Ok);
+    rustix::stdio::dup2_stdin(or_null(input)?)?;
+    rustix::stdio::dup2_stdout(or_null(output)?)?;
+    Ok(rustix::stdio::dup2_stderr(or_null(errors)?)?)
+}
+
 /// What goes in, and what a relay has to copy.
 pub(crate) struct Streams {
     pub(crate) inside: [OwnedFd; 3],

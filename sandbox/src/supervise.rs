@@ -24,6 +24,9 @@ const PASSED_ON: [NixSignal; 6] = [
     NixSignal::SIGUSR2,
 ];
 
+/// What a launcher sends to end a sandbox at once.
+const END: i32 = libc::SIGALRM;
+
 /// The signals of this process that become events, from before the child is made until the end.
 pub(crate) struct Signals {
     arrived: SignalFd,
@@ -35,6 +38,7 @@ impl Signals {
     pub(crate) fn block() -> io::Result<Signals> {
         let mut wanted = SigSet::from_iter(PASSED_ON);
         wanted.add(NixSignal::SIGWINCH);
+        wanted.add(NixSignal::SIGALRM);
         let before = wanted.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK)?;
         let arrived = SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         Ok(Signals { arrived, before })
@@ -92,6 +96,7 @@ impl Running<'_> {
                         terminal.resize();
                     }
                 }
+                Event::Signal(END) => break None,
                 Event::Signal(number) => {
                     if let Some(signal) = Signal::from_named_raw(number) {
                         self.send(signal)?;

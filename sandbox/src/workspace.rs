@@ -6,7 +6,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, Stat, fstat, fstatfs, openat, openat2};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, fstatfs, openat, openat2};
+use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
 use crate::job::WorkspaceMode;
@@ -95,6 +96,48 @@ impl std::fmt::Display for WorkspaceError {
 
 impl std::error::Error for WorkspaceError {}
 
+/// A directory that a caller has opened and handed over.
+#[derive(Debug)]
+pub(crate) struct Lent {
+    pub(crate) directory: OwnedFd,
+    /// The caller's own ids: what is written belongs to them, and only what they may do is done for them.
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    /// The caller itself (pidfd_open(2)), whose mount namespace may be another than ours.
+    pub(crate) process: Option<OwnedFd>,
+}
+
+/// Whose files are the workload's.
+#[derive(Debug, Clone, Copy)]
+struct Owner {
+    uid: u32,
+    gid: u32,
+    /// The caller is not root, so that in its directory we act by its right alone.
+    lent: bool,
+}
+
+impl Owner {
+    /// `act` with no more right over files than the owner has.
+    fn acting<T>(self, act: impl FnOnce() -> T) -> T {
+        if self.lent { with_ids(self.uid, self.gid, act) } else { act() }
+    }
+}
+
+/// `act` with these ids for files (setfsuid(2)): for any but root the kernel takes the capabilities over files away meanwhile.
+fn with_ids<T>(uid: u32, gid: u32, act: impl FnOnce() -> T) -> T {
+    use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+    let (gid_before, uid_before) = (setfsgid(Gid::from_raw(gid)), setfsuid(Uid::from_raw(uid)));
+    let result = act();
+    setfsuid(uid_before);
+    setfsgid(gid_before);
+    result
+}
+
+/// `act` as root, for what is ours among the caller's.
+fn as_root<T>(act: impl FnOnce() -> T) -> T {
+    with_ids(0, 0, act)
+}
+
 /// An opened workspace.
 #[derive(Debug)]
 pub(crate) struct Workspace {
@@ -104,22 +147,43 @@ pub(crate) struct Workspace {
     pub(crate) protect: Vec<PathBuf>,
     held: Vec<Held>,
     registry: PathBuf,
+    owner: Owner,
 }
 
 impl Workspace {
-    /// Opens the workspace of `plan` for the workload `uid`; `registry` is where placeholders are noted.
+    /// Opens the workspace of `plan`, or takes what is `lent`, for the workload `uid`; `registry` is where placeholders are
+    /// noted.
     ///
     /// # Errors
     /// See [`WorkspaceError`]. Placeholders that were made are taken away again.
-    pub(crate) fn open(plan: &WorkspacePlan, uid: u32, registry: &Path) -> Result<Workspace, WorkspaceError> {
+    pub(crate) fn open(
+        plan: &WorkspacePlan,
+        uid: u32,
+        registry: &Path,
+        lent: Option<&Lent>,
+    ) -> Result<Workspace, WorkspaceError> {
         let path = &plan.directory;
         let failed = |source: io::Error| WorkspaceError::Open { path: path.clone(), source };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory =
-            openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS);
-        let directory = directory.map_err(|error| failed(error.into()))?;
-        let owner = fstat(&directory).map_err(|error| failed(error.into()))?;
-        let mount = idmapped(&directory, &owner, plan.mode, uid).map_err(|source| WorkspaceError::Idmap {
+        let directory = match lent {
+            Some(lent) => lent.directory.try_clone().map_err(failed)?,
+            None => {
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+                openat2(CWD, path, flags, Mode::empty(), resolve).map_err(|error| failed(error.into()))?
+            }
+        };
+        let found = fstat(&directory).map_err(|error| failed(error.into()))?;
+        if !FileType::from_raw_mode(found.st_mode).is_dir() {
+            return Err(failed(io::Error::from_raw_os_error(libc::ENOTDIR)));
+        }
+        // Root's to lend is what the directory's owner has; anybody else lends what is their own.
+        let owner = match lent {
+            Some(Lent { uid, gid, .. }) if *uid != 0 => Owner { uid: *uid, gid: *gid, lent: true },
+            _ => Owner { uid: found.st_uid, gid: found.st_gid, lent: false },
+        };
+        let process = lent.and_then(|lent| lent.process.as_ref());
+        let mount = clone_tree(&directory, process).and_then(|tree| idmapped(tree, owner, plan.mode, uid));
+        let mount = mount.map_err(|source| WorkspaceError::Idmap {
             path: path.clone(),
             overlay: fstatfs(&directory).is_ok_and(|found| u64::try_from(found.f_type) == Ok(OVERLAY_MAGIC)),
             source,
@@ -130,11 +194,13 @@ impl Workspace {
                 protect: Vec::new(),
                 held: Vec::new(),
                 registry: registry.to_owned(),
+                owner,
             });
         }
         let turn = Registry::open(registry).map_err(failed)?;
-        let covered = placeholder::cover_all(&turn, &directory, &owner, &plan.protect)?;
-        Ok(Workspace { mount, protect: covered.paths, held: covered.held, registry: registry.to_owned() })
+        let covered = owner.acting(|| placeholder::cover_all(&turn, &directory, owner, &plan.protect))?;
+        let (protect, held) = (covered.paths, covered.held);
+        Ok(Workspace { mount, protect, held, registry: registry.to_owned(), owner })
     }
 
     /// Takes the placeholders away that no other run still needs.
@@ -142,19 +208,33 @@ impl Workspace {
         if !self.held.is_empty()
             && let Ok(turn) = Registry::open(&self.registry)
         {
-            placeholder::release(&turn, &self.held);
+            self.owner.acting(|| placeholder::release(&turn, &self.held));
         }
     }
 }
 
-/// The mount: only `owner`'s files are the workload's, everything else is nobody's.
-fn idmapped(directory: &OwnedFd, owner: &Stat, mode: WorkspaceMode, uid: u32) -> io::Result<OwnedFd> {
+/// A detached mount of `directory`. The kernel clones only what belongs to the mount namespace of who asks, so where that of
+/// the lender is another, it is done there: by descriptor, so that no path of theirs is walked.
+fn clone_tree(directory: &OwnedFd, lender: Option<&OwnedFd>) -> io::Result<OwnedFd> {
+    use nix::sched::{CloneFlags, setns};
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_RECURSIVE
         | OpenTreeFlags::AT_EMPTY_PATH;
-    let mount = open_tree(directory, "", flags)?;
-    let map = user_namespace(&format!("{} {uid} 1", owner.st_uid), &format!("{} {uid} 1", owner.st_gid))?;
+    let here = open_tree(directory, "", flags);
+    let (Err(Errno::INVAL), Some(lender)) = (&here, lender) else {
+        return Ok(here?);
+    };
+    let own = openat(CWD, "/proc/self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    setns(lender, CloneFlags::CLONE_NEWNS)?;
+    let there = open_tree(directory, "", flags);
+    setns(own, CloneFlags::CLONE_NEWNS)?;
+    Ok(there?)
+}
+
+/// The mount: only `owner`'s files are the workload's, everything else is nobody's.
+fn idmapped(mount: OwnedFd, owner: Owner, mode: WorkspaceMode, uid: u32) -> io::Result<OwnedFd> {
+    let map = user_namespace(&format!("{} {uid} 1", owner.uid), &format!("{} {uid} 1", owner.gid))?;
     let read_only = if mode == WorkspaceMode::ReadOnly { libc::MOUNT_ATTR_RDONLY } else { 0 };
     let attributes = MountAttributes {
         set: libc::MOUNT_ATTR_IDMAP | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | read_only,

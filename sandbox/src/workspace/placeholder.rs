@@ -4,21 +4,22 @@
 //! which goes only while it is the one that was made and says what was written. Runs on one workspace at the same time agree
 //! through [`Registry`] who takes it away, and the next run takes away what a killed one left.
 
-use std::fs::{DirBuilder, File};
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fd::OwnedFd;
 use rustix::fs::{
-    AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, ResolveFlags, Stat, StatxFlags, Uid, fchown, flock,
-    fstat, makedev, mkdirat, openat, openat2, statx, unlinkat,
+    AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, ResolveFlags, StatxFlags, Uid, fchown, flock,
+    fstat, makedev, mkdirat, openat, openat2, statat, statx, unlinkat,
 };
 use rustix::io::Errno;
 
-use super::WorkspaceError;
+use super::{Owner, WorkspaceError, as_root};
 use crate::plan::{Placeholder, Protect};
+use crate::slot::make_private;
 
 /// How often, and with which pause, a run asks for its turn: 10 s in all, where a turn takes a millisecond.
 const TURN_TRIES: u32 = 10_000;
@@ -66,7 +67,7 @@ pub(super) struct Registry {
 
 impl Registry {
     pub(super) fn open(directory: &Path) -> io::Result<Registry> {
-        DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+        make_private(directory)?;
         let turn = lock_file(&directory.join("turn"))?;
         for _ in 0..TURN_TRIES {
             match flock(&turn, FlockOperation::NonBlockingLockExclusive) {
@@ -86,11 +87,11 @@ impl Registry {
     /// The lock of `found`, if it is a placeholder: of another run, or of one that was killed.
     fn known(&self, found: &Identity) -> io::Result<Option<File>> {
         let path = self.path(found);
-        if path.exists() { self.register(found).map(Some) } else { Ok(None) }
+        if as_root(|| path.exists()) { self.register(found).map(Some) } else { Ok(None) }
     }
 
     fn register(&self, found: &Identity) -> io::Result<File> {
-        let lock = lock_file(&self.path(found))?;
+        let lock = as_root(|| lock_file(&self.path(found)))?;
         flock(&lock, FlockOperation::NonBlockingLockShared)?;
         Ok(lock)
     }
@@ -105,7 +106,7 @@ impl Registry {
     /// Whether nobody else relies on it; then it is forgotten.
     fn forget(&self, found: &Identity, lock: &File) -> bool {
         let last = flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok();
-        last && std::fs::remove_file(self.path(found)).is_ok()
+        last && as_root(|| std::fs::remove_file(self.path(found))).is_ok()
     }
 }
 
@@ -123,7 +124,7 @@ pub(super) struct Covered {
 pub(super) fn cover_all(
     registry: &Registry,
     directory: &OwnedFd,
-    owner: &Stat,
+    owner: Owner,
     protect: &[Protect],
 ) -> Result<Covered, WorkspaceError> {
     let mut covered = Covered::default();
@@ -133,10 +134,11 @@ pub(super) fn cover_all(
             continue;
         }
         match cover(registry, directory, owner, path, placeholder) {
-            Ok((cover, held)) => {
+            Ok(Some((cover, held))) => {
                 covered.paths.push(cover);
                 covered.held.extend(held);
             }
+            Ok(None) => {}
             Err(error) => {
                 release(registry, &covered.held);
                 let link = error.raw_os_error() == Some(libc::ELOOP);
@@ -153,14 +155,14 @@ pub(super) fn cover_all(
 }
 
 /// What to cover so that nothing can come to stand at `path`: it, a file on the way to it, or a placeholder for the first
-/// part of it that is missing.
+/// part of it that is missing. Nothing where who lent the workspace, and so the workload, cannot make anything either.
 fn cover(
     registry: &Registry,
     directory: &OwnedFd,
-    owner: &Stat,
+    owner: Owner,
     path: &Path,
     placeholder: &Placeholder,
-) -> io::Result<(PathBuf, Option<Held>)> {
+) -> io::Result<Option<(PathBuf, Option<Held>)>> {
     let mut parent = rustix::io::fcntl_dupfd_cloexec(directory, 3)?;
     let mut walked = PathBuf::new();
     for part in path.components() {
@@ -170,7 +172,7 @@ fn cover(
         let placeholder = if walked == path { placeholder } else { &Placeholder::Directory };
         let found = match Identity::of(&parent, &name) {
             Err(Errno::NOENT) => {
-                return make(registry, parent, name, owner, placeholder).map(|held| (walked, Some(held)));
+                return held(registry, parent, name, owner, placeholder, walked);
             }
             other => other?,
         };
@@ -181,17 +183,17 @@ fn cover(
             && let Some(lock) = registry.known(&found)?
         {
             let placeholder = placeholder.clone();
-            return Ok((walked, Some(Held { parent, name, found, placeholder, lock })));
+            return Ok(Some((walked, Some(Held { parent, name, found, placeholder, lock }))));
         }
         let intent = registry.intent(&parent, &name)?;
-        if intent.exists() {
+        if as_root(|| intent.exists()) {
             // Only an empty directory, or a file with no more than the beginning of our content, goes.
             if found.kind.is_dir() || is_begun(&parent, &name, placeholder) {
                 remove(&parent, &name, placeholder_flags(placeholder));
             }
-            std::fs::remove_file(&intent)?;
+            as_root(|| std::fs::remove_file(&intent))?;
             if Identity::of(&parent, &name) == Err(Errno::NOENT) {
-                return make(registry, parent, name, owner, placeholder).map(|held| (walked, Some(held)));
+                return held(registry, parent, name, owner, placeholder, walked);
             }
         }
         if !found.kind.is_dir() {
@@ -199,9 +201,33 @@ fn cover(
         }
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        parent = openat2(&parent, &name, flags, Mode::empty(), resolve)?;
+        parent = match openat2(&parent, &name, flags, Mode::empty(), resolve) {
+            Err(Errno::ACCESS) if is_anothers(&parent, &name, owner) => return Ok(None),
+            other => other?,
+        };
     }
-    Ok((walked, None))
+    Ok(Some((walked, None)))
+}
+
+/// A placeholder at `walked`.
+fn held(
+    registry: &Registry,
+    parent: OwnedFd,
+    name: PathBuf,
+    owner: Owner,
+    placeholder: &Placeholder,
+    walked: PathBuf,
+) -> io::Result<Option<(PathBuf, Option<Held>)>> {
+    let anothers = is_anothers(&parent, Path::new("."), owner);
+    match make(registry, parent, name, owner, placeholder) {
+        Err(error) if anothers && error.raw_os_error() == Some(libc::EACCES) => Ok(None),
+        other => other.map(|held| Some((walked, Some(held)))),
+    }
+}
+
+/// Whether a directory that the lender may not use is out of its reach for good: what is its own it could open by chmod(2).
+fn is_anothers(parent: &OwnedFd, name: &Path, owner: Owner) -> bool {
+    owner.lent && statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|found| found.st_uid != owner.uid)
 }
 
 /// Makes a placeholder; when that fails half-way, it is taken away again.
@@ -209,7 +235,7 @@ fn make(
     registry: &Registry,
     parent: OwnedFd,
     name: PathBuf,
-    owner: &Stat,
+    owner: Owner,
     placeholder: &Placeholder,
 ) -> io::Result<Held> {
     let made = || -> io::Result<OwnedFd> {
@@ -231,14 +257,14 @@ fn make(
     };
     let adopt = || -> io::Result<(Identity, File)> {
         // By descriptor: another run on this workspace may be swapping something else in.
-        fchown(made()?, Some(Uid::from_raw(owner.st_uid)), Some(Gid::from_raw(owner.st_gid)))?;
+        fchown(made()?, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))?;
         let found = Identity::of(&parent, &name)?;
         Ok((found, registry.register(&found)?))
     };
     let intent = registry.intent(&parent, &name)?;
-    drop(lock_file(&intent)?);
+    drop(as_root(|| lock_file(&intent))?);
     let adopted = adopt();
-    let _ = std::fs::remove_file(&intent);
+    let _ = as_root(|| std::fs::remove_file(&intent));
     match adopted {
         Ok((found, lock)) => Ok(Held { parent, name, found, placeholder: placeholder.clone(), lock }),
         Err(error) => {

@@ -1,0 +1,145 @@
+//! A Varlink connection of the daemon: what [`crate::wire`] says, on a socket.
+
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::time::Duration;
+
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerPidfd;
+use rustix::fd::OwnedFd;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
+use serde::Serialize;
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+use crate::wire::{Assembler, Breach, DESCRIPTORS_MAX, Reply};
+
+/// How long a peer may take to finish a message that it has begun, and to take one of ours.
+const PATIENCE: Duration = Duration::from_secs(5);
+const PIECE_BYTES: usize = 8192;
+
+/// Why a connection ends.
+#[derive(Debug)]
+pub enum End {
+    /// The peer has closed it.
+    Closed,
+    /// The peer broke the protocol.
+    Breach(Breach),
+    /// The peer was too slow, or the socket failed.
+    Failed,
+}
+
+impl From<Breach> for End {
+    fn from(breach: Breach) -> End {
+        End::Breach(breach)
+    }
+}
+
+/// One connection.
+#[derive(Debug)]
+pub struct Connection {
+    stream: UnixStream,
+    assembler: Assembler<OwnedFd>,
+    /// The call at hand wants no reply.
+    pub quiet: bool,
+}
+
+impl Connection {
+    /// On a socket that was accepted.
+    pub fn new(stream: UnixStream) -> Connection {
+        Connection { stream, assembler: Assembler::default(), quiet: false }
+    }
+
+    /// The process that connected (`SO_PEERPIDFD`, socket(7)), where the kernel tells and it is still there.
+    pub fn process(&self) -> Option<OwnedFd> {
+        getsockopt(&self.stream, PeerPidfd).ok()
+    }
+
+    /// The next message and its descriptors.
+    pub async fn receive(&mut self) -> Result<(Vec<u8>, Vec<OwnedFd>), End> {
+        loop {
+            if let Some(message) = self.assembler.next()? {
+                return Ok(message);
+            }
+            if self.assembler.is_torn() {
+                timeout(PATIENCE, self.fill()).await.map_err(|_| End::Failed)??;
+            } else {
+                self.fill().await?;
+            }
+        }
+    }
+
+    /// Returns only when the peer has gone, or has said more than anybody has to listen to meanwhile.
+    pub async fn gone(&mut self) -> End {
+        loop {
+            if let Err(end) = self.fill().await {
+                return end;
+            }
+            if self.assembler.is_overfull() {
+                return End::Breach(Breach::TooLong);
+            }
+        }
+    }
+
+    /// Reads once. Nothing is lost where this is given up.
+    async fn fill(&mut self) -> Result<(), End> {
+        let mut piece = [0_u8; PIECE_BYTES];
+        let read = self.stream.async_io(Interest::READABLE, || read_once(&self.stream, &mut piece));
+        let (length, descriptors) = read.await.map_err(|error| match error.raw_os_error() {
+            Some(libc::ECONNRESET) => End::Closed,
+            Some(libc::EMSGSIZE) => End::Breach(Breach::TooManyDescriptors),
+            _ => End::Failed,
+        })?;
+        if length == 0 {
+            return Err(if self.assembler.is_torn() { End::Breach(Breach::Torn) } else { End::Closed });
+        }
+        self.assembler.take(&piece[..length], descriptors)?;
+        Ok(())
+    }
+
+    /// Sends a reply.
+    pub async fn reply<T: Serialize>(&self, parameters: T, continues: bool) -> Result<(), End> {
+        self.send(&Reply { parameters, continues, error: None }).await
+    }
+
+    /// Sends an error, `interface.Name`.
+    pub async fn error<T: Serialize>(&self, name: String, parameters: T) -> Result<(), End> {
+        self.send(&Reply { parameters, continues: false, error: Some(name) }).await
+    }
+
+    async fn send<T: Serialize>(&self, reply: &Reply<T>) -> Result<(), End> {
+        if self.quiet {
+            return Ok(());
+        }
+        let mut bytes = serde_json::to_vec(reply).map_err(|_| End::Failed)?;
+        bytes.push(0);
+        let mut left = bytes.as_slice();
+        while !left.is_empty() {
+            let written = self.stream.async_io(Interest::WRITABLE, || self.stream.try_write(left));
+            let written = timeout(PATIENCE, written).await;
+            let count = written.map_err(|_| End::Failed)?.map_err(|error| {
+                if error.kind() == io::ErrorKind::BrokenPipe { End::Closed } else { End::Failed }
+            })?;
+            left = &left[count..];
+        }
+        Ok(())
+    }
+}
+
+/// One recvmsg(2). Each descriptor is owned from the first instant, and is closed on every way out.
+fn read_once(stream: &UnixStream, piece: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let received = recvmsg(stream, &mut [IoSliceMut::new(piece)], &mut control, flags)?;
+    let descriptors = control.drain().flat_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
+        _ => Vec::new(),
+    });
+    let descriptors: Vec<OwnedFd> = descriptors.collect();
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
+    }
+    Ok((received.bytes, descriptors))
+}

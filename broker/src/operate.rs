@@ -1,0 +1,73 @@
+//! `broker ps`, `inspect`, `kill`: what lives in the daemon.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+
+use crate::client::{Client, ClientError};
+use crate::protocol::{Named, Sandbox, Sandboxes};
+
+fn connect(socket: &Path) -> Result<Client, String> {
+    Client::connect(socket)
+        .map_err(|error| format!("no daemon answers at {}: {error}; start `broker serve`", socket.display()))
+}
+
+fn call<T: serde::de::DeserializeOwned>(
+    socket: &Path,
+    method: &str,
+    parameters: &impl serde::Serialize,
+) -> Result<T, String> {
+    connect(socket)?.call(method, parameters).map_err(|error: ClientError| error.to_string())
+}
+
+fn exit(done: Result<String, String>) -> ExitCode {
+    match done {
+        Ok(text) => {
+            // A reader that has seen enough is no error.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("broker: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn all(socket: &Path) -> Result<Vec<Sandbox>, String> {
+    call::<Sandboxes>(socket, "List", &json!({})).map(|list| list.sandboxes)
+}
+
+/// `broker ps`
+pub fn list(socket: &Path, json: bool) -> ExitCode {
+    exit(all(socket).and_then(|sandboxes| {
+        if json {
+            let text = serde_json::to_string_pretty(&sandboxes).map_err(|error| error.to_string())?;
+            return Ok(text + "\n");
+        }
+        let line = |sandbox: &Sandbox| {
+            // A command may hold anything; a terminal is told of it in JSON's escapes.
+            let command = serde_json::to_string(&sandbox.command.join(" ")).unwrap_or_default();
+            format!("{:<18} {:<10} {:<10} {command}\n", sandbox.id, sandbox.uid, sandbox.policy)
+        };
+        let head = format!("{:<18} {:<10} {:<10} {}\n", "SANDBOX", "UID", "POLICY", "COMMAND");
+        Ok(head + &sandboxes.iter().map(line).collect::<String>())
+    }))
+}
+
+/// `broker inspect`
+pub fn inspect(socket: &Path, id: &str) -> ExitCode {
+    exit(all(socket).and_then(|sandboxes| {
+        let found = sandboxes.into_iter().find(|sandbox| sandbox.id == id);
+        let found =
+            found.ok_or_else(|| format!("no sandbox {id} that you may know of; `broker ps` lists those"))?;
+        serde_json::to_string_pretty(&found).map(|text| text + "\n").map_err(|error| error.to_string())
+    }))
+}
+
+/// `broker kill`
+pub fn kill(socket: &Path, id: &str) -> ExitCode {
+    exit(call::<Value>(socket, "Kill", &Named { sandbox: id.to_owned() }).map(|_| String::new()))
+}

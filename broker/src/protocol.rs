@@ -1,0 +1,166 @@
+//! What `io.broker.Control` says, as types. The interface's own file, `io.broker.Control.varlink`, is what peers see.
+
+use sandbox::{ByteSize, Count, Cpus, EnvName, Span};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// The interface as it is served by `org.varlink.service.GetInterfaceDescription`.
+pub const DESCRIPTION: &str = include_str!("io.broker.Control.varlink");
+/// Its name.
+pub const INTERFACE: &str = "io.broker.Control";
+
+/// Parameters of `Run`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Run {
+    /// A policy by name.
+    pub policy: String,
+    /// The command and its arguments.
+    pub command: Vec<String>,
+    /// Variables, nothing else is inherited.
+    pub environment: Vec<Variable>,
+    /// The caller's `$PATH`.
+    pub path: String,
+    /// Standard input, output, error: positions of descriptors, or `/dev/null`.
+    pub streams: [Option<usize>; 3],
+    /// What is mounted at `/workspace`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workspace: Option<Directory>,
+    /// What is tighter than the policy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
+}
+
+/// One variable.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Variable {
+    /// Its name.
+    pub name: EnvName,
+    /// Its value.
+    pub value: String,
+}
+
+/// A directory that the caller has opened.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Directory {
+    /// The position of its descriptor.
+    pub descriptor: usize,
+    /// What reports call it.
+    pub name: String,
+    /// How it is mounted.
+    pub mode: Mode,
+}
+
+/// How a workspace is mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Read-only.
+    Ro,
+    /// Writable.
+    Rw,
+}
+
+/// Limits that may only tighten the policy's.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Wall-clock time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<Span>,
+    /// Memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<ByteSize>,
+    /// Processes and threads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pids: Option<Count>,
+    /// Processor time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<Cpus>,
+}
+
+/// A reply to `Run`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Ran {
+    /// The sandbox's name.
+    pub sandbox: String,
+    /// With the last reply.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub report: Option<Value>,
+}
+
+/// Parameters of methods that name a sandbox.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Named {
+    /// Its name.
+    pub sandbox: String,
+}
+
+/// Parameters of `Signal`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Signal {
+    /// Its name.
+    pub sandbox: String,
+    /// As in signal(7).
+    pub signal: i32,
+}
+
+/// A sandbox that lives.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sandbox {
+    /// Its name.
+    pub id: String,
+    /// The policy's name.
+    pub policy: String,
+    /// Who asked for it.
+    pub uid: u32,
+    /// What runs in it.
+    pub command: Vec<String>,
+    /// Milliseconds since 1970.
+    pub started_ms: u64,
+}
+
+/// A reply to `List`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Sandboxes {
+    /// All that the caller may know of.
+    pub sandboxes: Vec<Sandbox>,
+}
+
+/// Why a request was denied. The codes are stable: scripts and the audit record depend on them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Code {
+    /// The configuration does not give the caller this policy, or there is none of that name.
+    PolicyNotGranted,
+    /// A wish is wider than the policy, or cannot be carried out at all.
+    NotNarrower,
+    /// A descriptor is not there, or is none that may go in.
+    Descriptor,
+    /// The caller has as many sandboxes or connections as it may have.
+    TooMany,
+    /// The act could not be recorded.
+    Audit,
+    /// The signal is none that is passed on.
+    Signal,
+}
+
+/// A denial: the code, and for people why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Denial {
+    /// Stable.
+    pub code: Code,
+    /// In words.
+    pub message: String,
+}
+
+impl Denial {
+    /// With a message.
+    pub fn new(code: Code, message: impl Into<String>) -> Denial {
+        Denial { code, message: message.into() }
+    }
+}

@@ -1,0 +1,488 @@
+//! The core: speaks with peers, decides, records, and has the launcher act. Its own uid, no capability, no secret; it never
+//! forks and holds nothing that it could hand out but the channels of its sandboxes.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::net::{RecvFlags, SendFlags};
+use serde_json::{Value, json};
+use tokio::io::Interest;
+use tokio::net::{UnixListener, UnixStream};
+
+use super::audit::{Audit, bounded, now_ms};
+use super::config::{Accounts, Config, Peer, Rights, Verb};
+use super::inner::{FromSupervisor, Start, ToCore, ToLauncher, channel, receive, send};
+use crate::connection::{Connection, End};
+use crate::protocol::{Code, DESCRIPTION, Denial, INTERFACE, Named, Ran, Run, Sandbox, Sandboxes, Signal};
+use crate::wire::{self, Breach, Call};
+
+/// What one uid may have at the same time, and all together.
+const CONNECTIONS_MAX: usize = 64;
+const SANDBOXES_MAX: usize = 256;
+const CONNECTIONS_ALL_MAX: usize = 1024;
+/// The signals that a peer may pass on: those that `broker exec` passes on.
+const SIGNALS: [i32; 6] =
+    [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2];
+
+/// The core.
+pub struct Core {
+    config: Config,
+    accounts: Accounts,
+    audit: Audit,
+    launcher: UnixStream,
+    table: Mutex<Table>,
+}
+
+/// Who asks.
+struct Asker {
+    peer: Peer,
+    rights: Rights,
+}
+
+#[derive(Default)]
+struct Table {
+    sandboxes: BTreeMap<String, Sandbox>,
+    connections: BTreeMap<u32, usize>,
+    started: u64,
+}
+
+/// Serves until the launcher goes away. The listening socket is what it gave.
+pub async fn serve(launcher: OwnedFd) -> Result<(), String> {
+    let setup = receive::<ToCore>(&launcher, RecvFlags::empty()).map_err(|error| error.to_string())?;
+    let Some((ToCore::Setup(config), mut descriptors)) = setup else {
+        return Err("the launcher said nothing".to_owned());
+    };
+    let listener = descriptors.pop().ok_or("the launcher gave no socket")?;
+    let listener = std::os::unix::net::UnixListener::from(listener);
+    let listener = listener.set_nonblocking(true).and_then(|()| UnixListener::from_std(listener));
+    let listener = listener.map_err(|error| format!("the socket: {error}"))?;
+    let audit = Audit::open(&config.server.state)?;
+    let launcher = packets(launcher).map_err(|error| format!("the launcher's channel: {error}"))?;
+    let accounts = Accounts::read();
+    let core = Arc::new(Core { config, accounts, audit, launcher, table: Mutex::default() });
+    tokio::select! {
+        ended = hear(Arc::clone(&core)) => ended.map_err(|error| format!("the launcher: {error}")),
+        ended = accept(core, listener) => ended.map_err(|error| format!("accept: {error}")),
+    }
+}
+
+/// What the launcher says: sandboxes that live since before this core.
+async fn hear(core: Arc<Core>) -> io::Result<()> {
+    loop {
+        let received = core
+            .launcher
+            .async_io(Interest::READABLE, || receive::<ToCore>(&core.launcher, RecvFlags::DONTWAIT))
+            .await?;
+        match received {
+            None => return Ok(()),
+            Some((ToCore::Living(sandbox), mut descriptors)) => {
+                let Some(channel) = descriptors.pop() else { continue };
+                let id = sandbox.id.clone();
+                core.table().sandboxes.insert(id.clone(), sandbox);
+                let core = Arc::clone(&core);
+                tokio::spawn(async move {
+                    let ended = heard(channel).await;
+                    core.finish(&id, &ended).await;
+                });
+            }
+            Some((ToCore::Setup(_), _)) => {}
+        }
+    }
+}
+
+async fn accept(core: Arc<Core>, listener: UnixListener) -> io::Result<()> {
+    loop {
+        let (stream, _) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            // Out of descriptors: those who wait are served when somebody goes.
+            Err(error) => {
+                eprintln!("broker: accept: {error}");
+                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        let core = Arc::clone(&core);
+        tokio::spawn(async move {
+            if let Ok(peer) = peer(&stream)
+                && core.enter(peer)
+            {
+                let rights = core.config.rights(peer, &core.accounts);
+                let asker = Asker { peer, rights };
+                let end = core.converse(Connection::new(stream), &asker).await;
+                core.leave(peer);
+                if let End::Breach(breach) = end {
+                    let event =
+                        json!({ "kind": "breach", "uid": peer.uid, "why": bounded(&breach.to_string()) });
+                    core.audit.record(event).await;
+                }
+            }
+        });
+    }
+}
+
+/// By the kernel's word at connect(2), never by the peer's.
+fn peer(stream: &UnixStream) -> io::Result<Peer> {
+    let found = stream.peer_cred()?;
+    Ok(Peer { uid: found.uid(), gid: found.gid() })
+}
+
+impl Core {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(&self, peer: Peer) -> bool {
+        let mut table = self.table();
+        let all: usize = table.connections.values().sum();
+        let own = table.connections.entry(peer.uid).or_default();
+        let room = *own < CONNECTIONS_MAX && (all < CONNECTIONS_ALL_MAX || peer.uid == 0);
+        *own += usize::from(room);
+        room
+    }
+
+    fn leave(&self, peer: Peer) {
+        let mut table = self.table();
+        if let Some(own) = table.connections.get_mut(&peer.uid) {
+            *own -= 1;
+            if *own == 0 {
+                table.connections.remove(&peer.uid);
+            }
+        }
+    }
+
+    /// One call after the other, until the peer goes or breaks the protocol.
+    async fn converse(&self, mut connection: Connection, asker: &Asker) -> End {
+        loop {
+            let (message, descriptors) = match connection.receive().await {
+                Ok(received) => received,
+                Err(end) => return end,
+            };
+            let done = match wire::call(&message) {
+                Ok(call) => {
+                    connection.quiet = call.oneway;
+                    self.answer(&mut connection, asker, call, descriptors).await
+                }
+                Err(breach) => Err(breach.into()),
+            };
+            if let Err(end) = done {
+                return end;
+            }
+        }
+    }
+
+    async fn answer(
+        &self,
+        connection: &mut Connection,
+        asker: &Asker,
+        call: Call<'_>,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), End> {
+        let Asker { peer, rights } = asker;
+        let more = call.more;
+        let (interface, method) = call.method.rsplit_once('.').unwrap_or((call.method.as_str(), ""));
+        match (interface, method) {
+            ("org.varlink.service", "GetInfo") => connection.reply(info(), false).await,
+            ("org.varlink.service", "GetInterfaceDescription") => describe(connection, &call).await,
+            (INTERFACE, "Run") => {
+                let run = parameters::<Run>(&call)?;
+                self.run(connection, asker, run, descriptors, more).await
+            }
+            (INTERFACE, "List") => {
+                let known = |sandbox: &&Sandbox| sandbox.uid == peer.uid || rights.may(Verb::List);
+                let sandboxes = self.table().sandboxes.values().filter(known).cloned().collect();
+                connection.reply(Sandboxes { sandboxes }, false).await
+            }
+            (INTERFACE, "Signal") => {
+                let Signal { sandbox, signal } = parameters(&call)?;
+                if !SIGNALS.contains(&signal) {
+                    let message = format!("signal {signal} is not passed on");
+                    return self
+                        .deny(connection, asker.peer, method, Denial::new(Code::Signal, message))
+                        .await;
+                }
+                self.act(connection, asker, &sandbox, ToLauncher::Signal { id: sandbox.clone(), signal })
+                    .await
+            }
+            (INTERFACE, "Kill") => {
+                let Named { sandbox } = parameters(&call)?;
+                self.act(connection, asker, &sandbox, ToLauncher::End { id: sandbox.clone() }).await
+            }
+            ("org.varlink.service" | INTERFACE, _) => {
+                let error = "org.varlink.service.MethodNotFound".to_owned();
+                connection.error(error, json!({ "method": bounded(&call.method) })).await
+            }
+            _ => {
+                let error = "org.varlink.service.InterfaceNotFound".to_owned();
+                connection.error(error, json!({ "interface": bounded(interface) })).await
+            }
+        }
+    }
+
+    /// The life of a run: record, start, wait, record, answer.
+    async fn run(
+        &self,
+        connection: &mut Connection,
+        asker: &Asker,
+        run: Run,
+        descriptors: Vec<OwnedFd>,
+        more: bool,
+    ) -> Result<(), End> {
+        let peer = asker.peer;
+        let allowed = decide(&run, &asker.rights, &descriptors).and_then(|()| self.book(&run, peer));
+        let sandbox = match allowed {
+            Ok(sandbox) => sandbox,
+            Err(denial) => return self.deny(connection, asker.peer, "Run", denial).await,
+        };
+        let id = sandbox.id.clone();
+        let command: Vec<&str> = run.command.iter().map(|word| bounded(word)).take(64).collect();
+        let event = json!({ "kind": "start", "sandbox": id, "uid": peer.uid, "policy": run.policy, "command": command });
+        if !self.audit.record(event).await {
+            self.table().sandboxes.remove(&id);
+            let denial = Denial::new(Code::Audit, "the act cannot be recorded, so it is not done");
+            return self.deny(connection, asker.peer, "Run", denial).await;
+        }
+        let process = run.workspace.as_ref().and_then(|_| connection.process());
+        let start =
+            Start { sandbox, peer: peer.into(), run, process: process.as_ref().map(|_| descriptors.len()) };
+        let ended = match self.start(start, &descriptors, process.as_ref()).await {
+            Ok(channel) => {
+                drop(descriptors);
+                self.watch(connection, &id, channel, more).await
+            }
+            Err(error) => Ok(not_started(format!("the launcher: {error}"))),
+        };
+        let (ended, gone) = match ended {
+            Ok(ended) => (ended, None),
+            Err((ended, end)) => (ended, Some(end)),
+        };
+        self.finish(&id, &ended).await;
+        if let Some(end) = gone {
+            return Err(end);
+        }
+        match ended {
+            FromSupervisor::Ended { report } => {
+                connection.reply(Ran { sandbox: id, report: Some(report) }, false).await
+            }
+            FromSupervisor::Denied { denial } => self.deny(connection, asker.peer, "Run", denial).await,
+            FromSupervisor::NotStarted { message, report } => {
+                let parameters = json!({ "message": message, "report": report });
+                connection.error(format!("{INTERFACE}.NotStarted"), parameters).await
+            }
+        }
+    }
+
+    /// Waits for the end of a sandbox; a caller that goes away ends it. With `more` the caller is told of its beginning.
+    async fn watch(
+        &self,
+        connection: &mut Connection,
+        id: &str,
+        channel: OwnedFd,
+        more: bool,
+    ) -> Result<FromSupervisor, (FromSupervisor, End)> {
+        let mut ended = std::pin::pin!(heard(channel));
+        let gone = async {
+            if more
+                && let Err(end) = connection.reply(Ran { sandbox: id.to_owned(), report: None }, true).await
+            {
+                return end;
+            }
+            connection.gone().await
+        };
+        tokio::select! {
+            ended = &mut ended => Ok(ended),
+            gone = gone => {
+                let _ = self.tell(&ToLauncher::End { id: id.to_owned() }, &[]).await;
+                Err((ended.await, gone))
+            }
+        }
+    }
+
+    /// A name and a place in the table, if there is room.
+    fn book(&self, run: &Run, peer: Peer) -> Result<Sandbox, Denial> {
+        let mut table = self.table();
+        if table.sandboxes.values().filter(|sandbox| sandbox.uid == peer.uid).count() >= SANDBOXES_MAX {
+            return Err(Denial::new(Code::TooMany, format!("{SANDBOXES_MAX} sandboxes are yours already")));
+        }
+        table.started += 1;
+        let started_ms = now_ms();
+        let id = format!("{:x}-{}", started_ms, table.started);
+        let command = run.command.iter().take(8).map(|word| bounded(word).to_owned()).collect();
+        let sandbox =
+            Sandbox { id: id.clone(), policy: run.policy.clone(), uid: peer.uid, command, started_ms };
+        table.sandboxes.insert(id, sandbox.clone());
+        Ok(sandbox)
+    }
+
+    async fn start(
+        &self,
+        start: Start,
+        descriptors: &[OwnedFd],
+        process: Option<&OwnedFd>,
+    ) -> io::Result<OwnedFd> {
+        let (ours, theirs) = channel()?;
+        let mut all = vec![ours.as_fd(), theirs.as_fd()];
+        all.extend(descriptors.iter().chain(process).map(AsFd::as_fd));
+        self.tell(&ToLauncher::Start(Box::new(start)), &all).await?;
+        Ok(ours)
+    }
+
+    async fn tell(&self, message: &ToLauncher, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let send = || send(&self.launcher, message, descriptors, SendFlags::DONTWAIT);
+        self.launcher.async_io(Interest::WRITABLE, send).await
+    }
+
+    async fn finish(&self, id: &str, ended: &FromSupervisor) {
+        let outcome = match ended {
+            FromSupervisor::Ended { report } => report["outcome"].clone(),
+            FromSupervisor::Denied { denial } => json!({ "kind": "denied", "code": denial.code }),
+            FromSupervisor::NotStarted { message, .. } => {
+                json!({ "kind": "not_started", "message": bounded(message) })
+            }
+        };
+        self.audit.record(json!({ "kind": "end", "sandbox": id, "outcome": outcome })).await;
+        self.table().sandboxes.remove(id);
+        let _ = self.tell(&ToLauncher::Forget { id: id.to_owned() }, &[]).await;
+    }
+
+    /// Acts on a sandbox that the peer may know of.
+    async fn act(
+        &self,
+        connection: &mut Connection,
+        asker: &Asker,
+        id: &str,
+        message: ToLauncher,
+    ) -> Result<(), End> {
+        let Asker { peer, rights } = asker;
+        let owner = self.table().sandboxes.get(id).map(|sandbox| sandbox.uid);
+        // The same answer for what is not there and for what is another's.
+        if !owner.is_some_and(|owner| owner == peer.uid || rights.may(Verb::Kill)) {
+            let parameters = Named { sandbox: bounded(id).to_owned() };
+            return connection.error(format!("{INTERFACE}.NoSuchSandbox"), parameters).await;
+        }
+        let what = if matches!(message, ToLauncher::End { .. }) { "kill" } else { "signal" };
+        if !self.audit.record(json!({ "kind": what, "sandbox": id, "uid": peer.uid })).await {
+            let denial = Denial::new(Code::Audit, "the act cannot be recorded, so it is not done");
+            return self.deny(connection, asker.peer, what, denial).await;
+        }
+        self.tell(&message, &[]).await.map_err(|_| End::Failed)?;
+        connection.reply(json!({}), false).await
+    }
+
+    async fn deny(
+        &self,
+        connection: &Connection,
+        peer: Peer,
+        method: &str,
+        denial: Denial,
+    ) -> Result<(), End> {
+        let Denial { code, message } = denial;
+        let event = json!({ "kind": "deny", "uid": peer.uid, "method": method, "code": code, "message": bounded(&message) });
+        self.audit.record(event).await;
+        connection.error(format!("{INTERFACE}.Denied"), json!({ "code": code, "message": message })).await
+    }
+}
+
+/// Whether `run` may be asked for by who has `rights`. What the policy itself allows is decided where it is planned.
+fn decide(run: &Run, rights: &Rights, descriptors: &[OwnedFd]) -> Result<(), Denial> {
+    let not_granted = || {
+        let message =
+            format!("policy {:?} is not yours to use; the administrator grants it", bounded(&run.policy));
+        Denial::new(Code::PolicyNotGranted, message)
+    };
+    let policy = run.policy.parse().map_err(|_| not_granted())?;
+    if !rights.may_use(&policy) {
+        return Err(not_granted());
+    }
+    let named: Vec<usize> = run
+        .streams
+        .iter()
+        .flatten()
+        .copied()
+        .chain(run.workspace.iter().map(|workspace| workspace.descriptor))
+        .collect();
+    let distinct = named.iter().enumerate().all(|(at, number)| !named[..at].contains(number));
+    if !distinct
+        || named.len() != descriptors.len()
+        || named.iter().any(|number| *number >= descriptors.len())
+    {
+        let message = "each descriptor of the message is named once, and none that is not there";
+        return Err(Denial::new(Code::Descriptor, message));
+    }
+    for number in run.streams.iter().flatten() {
+        if !is_pipe(&descriptors[*number]) {
+            let message = format!("descriptor {number} is no pipe; only pipes go in, or null");
+            return Err(Denial::new(Code::Descriptor, message));
+        }
+    }
+    Ok(())
+}
+
+/// By the name that the kernel gives it: asking the file itself could wait for whoever serves its filesystem.
+fn is_pipe(descriptor: &OwnedFd) -> bool {
+    use std::os::fd::AsRawFd;
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd()));
+    name.is_ok_and(|name| name.as_os_str().as_encoded_bytes().starts_with(b"pipe:["))
+}
+
+/// A channel of packets, to be waited for. tokio has no type of its own for them; it only waits, and never reads or writes.
+fn packets(channel: OwnedFd) -> io::Result<UnixStream> {
+    let channel = std::os::unix::net::UnixStream::from(channel);
+    channel.set_nonblocking(true)?;
+    UnixStream::from_std(channel)
+}
+
+/// The one message of a supervisor.
+async fn heard(channel: OwnedFd) -> FromSupervisor {
+    let received = async {
+        let channel = packets(channel)?;
+        channel
+            .async_io(Interest::READABLE, || receive::<FromSupervisor>(&channel, RecvFlags::DONTWAIT))
+            .await
+    };
+    match received.await {
+        Ok(Some((ended, _))) => ended,
+        Ok(None) => not_started("its supervisor was ended".to_owned()),
+        Err(error) => not_started(format!("its supervisor: {error}")),
+    }
+}
+
+fn not_started(message: String) -> FromSupervisor {
+    FromSupervisor::NotStarted { message, report: None }
+}
+
+fn parameters<'a, T: serde::Deserialize<'a>>(call: &Call<'a>) -> Result<T, End> {
+    let text = call.parameters.map_or("{}", |parameters| parameters.get());
+    serde_json::from_str(text).map_err(|error| Breach::Malformed(error.to_string()).into())
+}
+
+fn info() -> Value {
+    json!({
+        "vendor": "broker",
+        "product": "broker",
+        "version": env!("CARGO_PKG_VERSION"),
+        "url": "",
+        "interfaces": ["org.varlink.service", INTERFACE],
+    })
+}
+
+async fn describe(connection: &Connection, call: &Call<'_>) -> Result<(), End> {
+    #[derive(serde::Deserialize)]
+    struct Wanted {
+        interface: String,
+    }
+    let Wanted { interface } = parameters(call)?;
+    match interface.as_str() {
+        INTERFACE => connection.reply(json!({ "description": DESCRIPTION }), false).await,
+        "org.varlink.service" => {
+            connection
+                .reply(json!({ "description": include_str!("../org.varlink.service.varlink") }), false)
+                .await
+        }
+        _ => {
+            let error = "org.varlink.service.InterfaceNotFound".to_owned();
+            connection.error(error, json!({ "interface": bounded(&interface) })).await
+        }
+    }
+}

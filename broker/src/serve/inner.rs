@@ -1,0 +1,166 @@
+//! What the launcher, the core and a sandbox's supervisor say to each other: one `SOCK_SEQPACKET` packet is one message
+//! and its descriptors. Nobody else is ever at either end.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::config::{Config, Peer};
+use crate::protocol::{Denial, Run, Sandbox};
+
+/// The longest packet; what a peer may send is cut to fit long before.
+pub const PACKET_BYTES_MAX: usize = 160 << 10;
+/// Two ends of a channel, three streams, a workspace.
+const DESCRIPTORS_MAX: usize = 8;
+
+/// From the launcher to the core.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToCore {
+    /// First of all: the configuration, with the listening socket.
+    Setup(Config),
+    /// A sandbox that lives already, with the core's end of its channel.
+    Living(Sandbox),
+}
+
+/// From the core to the launcher.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToLauncher {
+    /// Start a sandbox. Descriptors: the core's end of its channel, the supervisor's, then those of the request.
+    Start(Box<Start>),
+    /// A signal for its command.
+    Signal {
+        /// The sandbox.
+        id: String,
+        /// Its number.
+        signal: i32,
+    },
+    /// End it at once.
+    End {
+        /// The sandbox.
+        id: String,
+    },
+    /// The core has recorded how it ended.
+    Forget {
+        /// The sandbox.
+        id: String,
+    },
+}
+
+/// What is started.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Start {
+    /// As it is listed.
+    pub sandbox: Sandbox,
+    /// Who asked.
+    pub peer: PeerIds,
+    /// What was asked for; positions count from the descriptors after the channel's two.
+    pub run: Run,
+    /// The position of the caller's pidfd, where the kernel gives one.
+    pub process: Option<usize>,
+}
+
+/// A peer's ids, as they cross a channel.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct PeerIds {
+    /// Its user.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+}
+
+impl From<Peer> for PeerIds {
+    fn from(peer: Peer) -> PeerIds {
+        PeerIds { uid: peer.uid, gid: peer.gid }
+    }
+}
+
+/// From a supervisor to the core, once.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromSupervisor {
+    /// It ran, and nothing of it is left.
+    Ended {
+        /// The report.
+        report: Value,
+    },
+    /// It was not allowed after all.
+    Denied {
+        /// Why.
+        denial: Denial,
+    },
+    /// This host could not.
+    NotStarted {
+        /// In words.
+        message: String,
+        /// What there is of a report.
+        report: Option<Value>,
+    },
+}
+
+/// A new channel.
+pub fn channel() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
+}
+
+/// Sends one message; `EAGAIN` where `flags` say not to wait.
+pub fn send<T: Serialize>(
+    to: impl AsFd,
+    message: &T,
+    descriptors: &[BorrowedFd<'_>],
+    flags: SendFlags,
+) -> io::Result<()> {
+    let bytes = serde_json::to_vec(message)?;
+    if bytes.len() > PACKET_BYTES_MAX {
+        return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
+    }
+    let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    rustix::io::retry_on_intr(|| {
+        sendmsg(&to, &[IoSlice::new(&bytes)], &mut control, flags | SendFlags::NOSIGNAL)
+    })?;
+    Ok(())
+}
+
+/// Receives one message; nothing at the end of the channel.
+pub fn receive<T: DeserializeOwned>(
+    from: impl AsFd,
+    flags: RecvFlags,
+) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    let mut bytes = vec![0_u8; PACKET_BYTES_MAX];
+    let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = rustix::io::retry_on_intr(|| {
+        recvmsg(&from, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags | RecvFlags::CMSG_CLOEXEC)
+    });
+    let received = match received {
+        Err(rustix::io::Errno::CONNRESET) => return Ok(None),
+        other => other?,
+    };
+    let descriptors: Vec<OwnedFd> = control
+        .drain()
+        .flat_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
+            _ => Vec::new(),
+        })
+        .collect();
+    if received.flags.intersects(ReturnFlags::CTRUNC | ReturnFlags::TRUNC) {
+        return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
+    }
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    Ok(Some((serde_json::from_slice(&bytes[..received.bytes])?, descriptors)))
+}

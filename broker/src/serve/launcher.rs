@@ -1,0 +1,234 @@
+//! The launcher: the only role with capabilities. It starts the core, forks a supervisor for each sandbox, and keeps the
+//! registry of those that live, which outlives the core. One thread; no secret; it reads what the core says, and nothing else.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{SigSet, Signal as NixSignal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::net::{RecvFlags, SendFlags};
+use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
+
+use super::config::Config;
+use super::inner::{Start, ToCore, ToLauncher, channel, receive, send};
+use super::supervisor;
+use crate::protocol::Sandbox;
+
+/// Until a core that has ended is started again; doubled for one that ends at once, up to the longest.
+const RESTART_PAUSE: Duration = Duration::from_millis(100);
+const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// What tells a supervisor to end its sandbox at once.
+const END: Signal = Signal::ALARM;
+
+/// A sandbox that lives, or whose end the core has not recorded yet.
+struct Living {
+    sandbox: Sandbox,
+    /// The core's end of its channel, for a core that comes after this one.
+    channel: OwnedFd,
+    /// Nothing once it was reaped.
+    supervisor: Option<OwnedFd>,
+}
+
+/// The launcher's state.
+pub struct Launcher {
+    config: Config,
+    listener: UnixListener,
+    signals: SignalFd,
+    living: BTreeMap<String, Living>,
+}
+
+/// The core, as the launcher has it.
+struct Core {
+    process: Child,
+    channel: OwnedFd,
+}
+
+enum Turn {
+    Go,
+    CoreEnded,
+    Stop,
+}
+
+impl Launcher {
+    /// With a socket that listens.
+    pub fn new(config: Config, listener: UnixListener) -> io::Result<Launcher> {
+        let mut wanted = SigSet::empty();
+        for signal in [NixSignal::SIGTERM, NixSignal::SIGINT, NixSignal::SIGCHLD] {
+            wanted.add(signal);
+        }
+        wanted.thread_block()?;
+        let signals = SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        nix::unistd::setgroups(&[])?;
+        Ok(Launcher { config, listener, signals, living: BTreeMap::new() })
+    }
+
+    /// Runs until it is told to stop, and leaves nothing behind.
+    pub fn run(&mut self) -> io::Result<()> {
+        let mut pause = RESTART_PAUSE;
+        loop {
+            let started = Instant::now();
+            let mut core = self.start_core()?;
+            let stop = self.serve(&core)?;
+            let _ = core.process.kill();
+            core.process.wait()?;
+            if stop {
+                return self.end_all();
+            }
+            pause = if started.elapsed() > RESTART_PAUSE_MAX { RESTART_PAUSE } else { pause };
+            eprintln!("broker: the core ended; it is started again in {} ms", pause.as_millis());
+            if self.told_to_stop(pause)? {
+                return self.end_all();
+            }
+            pause = (pause * 2).min(RESTART_PAUSE_MAX);
+        }
+    }
+
+    /// Waits, and hears meanwhile whether that is all.
+    fn told_to_stop(&mut self, pause: Duration) -> io::Result<bool> {
+        let until = Instant::now() + pause;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let left = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
+            match poll(&mut [PollFd::new(&self.signals, PollFlags::IN)], Some(&left)) {
+                Ok(0) => return Ok(false),
+                Ok(_) if self.stop_was_asked_for() => return Ok(true),
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn stop_was_asked_for(&self) -> bool {
+        let mut stop = false;
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            stop |= signal.ssi_signo.cast_signed() != libc::SIGCHLD;
+        }
+        stop
+    }
+
+    /// The core gets a channel as its standard input, and nothing else.
+    fn start_core(&self) -> io::Result<Core> {
+        let (ours, theirs) = channel()?;
+        let process = Command::new("/proc/self/exe")
+            .args(["role", "core"])
+            .env_clear()
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()?;
+        send(&ours, &ToCore::Setup(self.config.clone()), &[self.listener.as_fd()], SendFlags::empty())?;
+        for living in self.living.values() {
+            send(
+                &ours,
+                &ToCore::Living(living.sandbox.clone()),
+                &[living.channel.as_fd()],
+                SendFlags::empty(),
+            )?;
+        }
+        Ok(Core { process, channel: ours })
+    }
+
+    /// Whether to stop for good.
+    fn serve(&mut self, core: &Core) -> io::Result<bool> {
+        loop {
+            match self.turn(core)? {
+                Turn::Go => {}
+                Turn::CoreEnded => return Ok(false),
+                Turn::Stop => return Ok(true),
+            }
+        }
+    }
+
+    fn turn(&mut self, core: &Core) -> io::Result<Turn> {
+        let alive: Vec<(&String, &OwnedFd)> =
+            self.living.iter().filter_map(|(id, living)| Some((id, living.supervisor.as_ref()?))).collect();
+        let mut waits =
+            vec![PollFd::new(&core.channel, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
+        waits.extend(alive.iter().map(|(_, supervisor)| PollFd::new(*supervisor, PollFlags::IN)));
+        match poll(&mut waits, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let ready: Vec<bool> = waits.iter().map(|wait| !wait.revents().is_empty()).collect();
+        let ended: Vec<String> = alive
+            .iter()
+            .zip(&ready[2..])
+            .filter(|(_, ready)| **ready)
+            .map(|((id, _), _)| (*id).clone())
+            .collect();
+        for id in ended {
+            if let Some(supervisor) = self.living.get_mut(&id).and_then(|living| living.supervisor.take()) {
+                waitid(WaitId::PidFd(supervisor.as_fd()), WaitIdOptions::EXITED)?;
+            }
+        }
+        if self.stop_was_asked_for() {
+            return Ok(Turn::Stop);
+        }
+        if ready[0] { self.obey(core) } else { Ok(Turn::Go) }
+    }
+
+    /// One message of the core's.
+    fn obey(&mut self, core: &Core) -> io::Result<Turn> {
+        let received = receive::<ToLauncher>(&core.channel, RecvFlags::DONTWAIT);
+        let (message, descriptors) = match received {
+            Ok(Some(received)) => received,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Turn::Go),
+            // A core that says what no core says is ended, and another takes its place.
+            Ok(None) | Err(_) => return Ok(Turn::CoreEnded),
+        };
+        match message {
+            ToLauncher::Start(start) => self.start(*start, descriptors)?,
+            ToLauncher::Signal { id, signal } => {
+                if let Some(signal) = Signal::from_named_raw(signal) {
+                    self.signal(&id, signal);
+                }
+            }
+            ToLauncher::End { id } => self.signal(&id, END),
+            ToLauncher::Forget { id } => {
+                self.living.remove(&id);
+            }
+        }
+        Ok(Turn::Go)
+    }
+
+    fn signal(&self, id: &str, signal: Signal) {
+        if let Some(supervisor) = self.living.get(id).and_then(|living| living.supervisor.as_ref()) {
+            // It may just have ended.
+            let _ = pidfd_send_signal(supervisor, signal);
+        }
+    }
+
+    fn start(&mut self, start: Start, descriptors: Vec<OwnedFd>) -> io::Result<()> {
+        let mut descriptors = descriptors.into_iter();
+        let (Some(cores), Some(supervisors)) = (descriptors.next(), descriptors.next()) else {
+            return Ok(());
+        };
+        let given: Vec<OwnedFd> = descriptors.collect();
+        let sandbox = start.sandbox.clone();
+        let supervisor = sandbox::fork_supervisor(given, supervisors, |given, channel| {
+            supervisor::live(start, given, &channel);
+        })?;
+        self.living
+            .insert(sandbox.id.clone(), Living { sandbox, channel: cores, supervisor: Some(supervisor) });
+        Ok(())
+    }
+
+    /// Nothing of a sandbox is left when the service has ended.
+    fn end_all(&mut self) -> io::Result<()> {
+        for living in self.living.values() {
+            if let Some(supervisor) = &living.supervisor {
+                let _ = pidfd_send_signal(supervisor, END);
+            }
+        }
+        for living in self.living.values_mut() {
+            if let Some(supervisor) = living.supervisor.take() {
+                waitid(WaitId::PidFd(supervisor.as_fd()), WaitIdOptions::EXITED)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,140 @@
+//! `broker serve`: the daemon. The process that is started becomes the launcher; the core and the supervisors come from it.
+
+mod audit;
+mod config;
+mod core;
+mod inner;
+mod launcher;
+mod supervisor;
+
+use std::fs::{DirBuilder, Permissions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::ExitCode;
+
+use nix::unistd::{Gid, Uid, chown, setgroups, setresgid, setresuid};
+
+pub use config::{Config, PATH, SOCKET, STATE};
+
+/// The core's uid and gid: above the slots and their relays, so nobody else's either.
+const CORE_ID: u32 = 0x7200_0000;
+
+/// Runs the daemon until SIGTERM or SIGINT.
+pub fn serve(config: Option<&Path>) -> ExitCode {
+    let done = Config::load(config.unwrap_or(Path::new(PATH)), config.is_some())
+        .and_then(|config| launch(config).map_err(|error| error.to_string()));
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("broker: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn launch(config: Config) -> io::Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "the daemon is started by root, or by systemd",
+        ));
+    }
+    let state = &config.server.state;
+    named(state, DirBuilder::new().recursive(true).mode(0o700).create(state))?;
+    named(
+        state,
+        chown(state, Some(Uid::from_raw(CORE_ID)), Some(Gid::from_raw(CORE_ID))).map_err(Into::into),
+    )?;
+    let socket = config.server.socket.clone();
+    let listener = named(&socket, listen(&socket))?;
+    let mut launcher = launcher::Launcher::new(config, listener)?;
+    eprintln!("broker: listening on {}", socket.display());
+    let ended = launcher.run();
+    let _ = std::fs::remove_file(&socket);
+    ended
+}
+
+fn named<T>(path: &Path, result: io::Result<T>) -> io::Result<T> {
+    result.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+}
+
+/// Anybody may connect; what they may ask for is the configuration's.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    if let Some(parent) = path.parent() {
+        DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
+    }
+    if UnixStream::connect(path).is_ok() {
+        return Err(io::Error::new(io::ErrorKind::AddrInUse, "a daemon answers there already"));
+    }
+    // Only what is a socket, and of a daemon that has gone, is taken away.
+    if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, Permissions::from_mode(0o666))?;
+    Ok(listener)
+}
+
+/// The core's first lines give up what it was born with; then it serves.
+pub fn role_core() -> ExitCode {
+    let done = give_up_everything()
+        .map_err(|error| format!("the core cannot drop its rights: {error}"))
+        .and_then(|()| {
+            let launcher = io::stdin().as_fd().try_clone_to_owned().map_err(|error| error.to_string())?;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
+            runtime.map_err(|error| error.to_string())?.block_on(core::serve(launcher))
+        });
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("broker: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn give_up_everything() -> io::Result<()> {
+    let (uid, gid) = (Uid::from_raw(CORE_ID), Gid::from_raw(CORE_ID));
+    setgroups(&[])?;
+    sandbox::drop_bounding_set()?;
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, uid)?;
+    nix::sys::prctl::set_no_new_privs()?;
+    nix::sys::prctl::set_dumpable(false)?;
+    // A core without its launcher is nobody's.
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+    Ok(())
+}
+
+/// `broker audit verify`
+pub fn audit_verify(state: &Path) -> ExitCode {
+    match audit::verify(state) {
+        Ok(verified) => {
+            println!("{} records, whole; the last is {}", verified.records, verified.last);
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("broker: the audit record is broken: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `broker audit show`
+pub fn audit_show(state: &Path) -> ExitCode {
+    use std::io::Write;
+    let mut out = io::stdout().lock();
+    let shown = audit::show(state, |line| {
+        let _ = writeln!(out, "{line}");
+    });
+    match shown {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("broker: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

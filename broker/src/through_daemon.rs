@@ -1,0 +1,154 @@
+//! `broker exec` through the daemon: the caller opens what is its own, and only pipes go over.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::thread::JoinHandle;
+
+use nix::sys::signal::{SigSet, Signal as NixSignal};
+use rustix::fs::{CWD, Mode as FileMode, OFlags, ResolveFlags, openat2};
+use rustix::pipe::{PipeFlags, pipe_with};
+use sandbox::{Stream, Wishes, WorkspaceMode};
+use serde_json::Value;
+
+use crate::client::{Client, ClientError};
+use crate::protocol::{Directory, Limits, Mode, Ran, Run, Signal, Variable};
+
+/// Runs the command of `wishes` under the policy of that name, and returns the report.
+pub fn run(mut client: Client, socket: &Path, policy: &str, wishes: Wishes) -> Result<Value, ClientError> {
+    let mut descriptors = Vec::new();
+    let mut pumps = Vec::new();
+    let mut streams = [None; 3];
+    for (number, stream) in wishes.streams.iter().enumerate() {
+        let given = match stream {
+            Stream::Pipe => Some(standard(number)?),
+            Stream::Null | Stream::Closed => None,
+            Stream::Other => Some(pump(number, &mut pumps)?),
+        };
+        streams[number] = given.map(|given| {
+            descriptors.push(given);
+            descriptors.len() - 1
+        });
+    }
+    let workspace = wishes.workspace.as_ref().map(|wish| -> io::Result<Directory> {
+        descriptors.push(open(&wish.directory)?);
+        let mode = if wish.mode == WorkspaceMode::ReadOnly { Mode::Ro } else { Mode::Rw };
+        Ok(Directory { descriptor: descriptors.len() - 1, name: wish.directory.display().to_string(), mode })
+    });
+    let text = |text: &std::ffi::OsStr| {
+        let refused = || {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "an argument or variable is not UTF-8; use --embedded",
+            )
+        };
+        text.to_str().map(str::to_owned).ok_or_else(refused)
+    };
+    let variable = |(name, value): &(sandbox::EnvName, std::ffi::OsString)| {
+        Ok(Variable { name: name.clone(), value: text(value)? })
+    };
+    let run = Run {
+        policy: policy.to_owned(),
+        command: wishes.command.iter().map(|word| text(word)).collect::<io::Result<_>>()?,
+        environment: wishes.env.iter().map(variable).collect::<io::Result<_>>()?,
+        path: std::env::var("PATH").unwrap_or_default(),
+        streams,
+        workspace: workspace.transpose()?,
+        limits: Some(Limits {
+            timeout: wishes.timeout,
+            memory: wishes.memory,
+            pids: wishes.pids,
+            cpus: wishes.cpus,
+        }),
+    };
+    let signals =
+        SigSet::from_iter([NixSignal::SIGHUP, NixSignal::SIGINT, NixSignal::SIGQUIT, NixSignal::SIGTERM]);
+    signals.thread_block().map_err(io::Error::from)?;
+    let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+    client.send("Run", &run, true, &borrowed)?;
+    drop(descriptors);
+    let (Ran { sandbox, report }, continues) = client.reply()?;
+    if let Some(report) = report.filter(|_| !continues) {
+        return Ok(finished(report, pumps));
+    }
+    pass_signals_on(signals, socket.to_owned(), sandbox);
+    let (Ran { report, .. }, _) = client.reply()?;
+    Ok(finished(report.unwrap_or_default(), pumps))
+}
+
+/// What comes out has come out when the last writer is gone, and they all are by now.
+fn finished(report: Value, pumps: Vec<JoinHandle<()>>) -> Value {
+    for pump in pumps {
+        let _ = pump.join();
+    }
+    report
+}
+
+fn standard(number: usize) -> io::Result<OwnedFd> {
+    match number {
+        0 => io::stdin().as_fd().try_clone_to_owned(),
+        1 => io::stdout().as_fd().try_clone_to_owned(),
+        _ => io::stderr().as_fd().try_clone_to_owned(),
+    }
+}
+
+/// A pipe in place of a stream that may not go in, and a thread that copies.
+fn pump(number: usize, pumps: &mut Vec<JoinHandle<()>>) -> io::Result<OwnedFd> {
+    let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+    let own = File::from(standard(number)?);
+    if number == 0 {
+        // Not waited for: nobody has to finish typing.
+        std::thread::spawn(move || copy(own, File::from(write)));
+        Ok(read)
+    } else {
+        pumps.push(std::thread::spawn(move || copy(File::from(read), own)));
+        Ok(write)
+    }
+}
+
+/// Byte by byte as they come; the end of either side is the end.
+fn copy(mut from: File, mut to: File) {
+    let mut buffer = [0; 64 << 10];
+    while let Ok(count) = from.read(&mut buffer) {
+        if count == 0 || to.write_all(&buffer[..count]).is_err() {
+            return;
+        }
+    }
+}
+
+/// By the caller's own right; a link on the way could have been left by an earlier run.
+fn open(directory: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let opened = openat2(
+        CWD,
+        directory,
+        flags,
+        FileMode::empty(),
+        ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
+    );
+    opened.map_err(|error| {
+        let why = if error == rustix::io::Errno::LOOP {
+            "it leads through a symbolic link"
+        } else {
+            "cannot open it"
+        };
+        io::Error::new(
+            io::Error::from(error).kind(),
+            format!("workspace {}: {why}: {error}", directory.display()),
+        )
+    })
+}
+
+fn pass_signals_on(signals: SigSet, socket: std::path::PathBuf, sandbox: String) {
+    std::thread::spawn(move || {
+        while let Ok(signal) = signals.wait() {
+            let passed = Client::connect(&socket).map_err(ClientError::from).and_then(|mut client| {
+                client.call::<Value>("Signal", &Signal { sandbox: sandbox.clone(), signal: signal as i32 })
+            });
+            if let Err(error) = passed {
+                eprintln!("broker: the signal was not passed on: {error}");
+            }
+        }
+    });
+}

@@ -1,0 +1,122 @@
+//! Who may ask for what, and what the record says of it.
+
+use super::*;
+
+#[test]
+fn absent_means_nothing() {
+    let daemon = Daemon::start();
+    for (uid, policy) in [(EVE, "default"), (ADA, "build"), (ADA, "nope")] {
+        let output = daemon.exec(uid, &["--policy", policy], &["true"]);
+        assert_eq!(output.status.code(), Some(125));
+        if policy != "nope" {
+            assert!(text(&output.stderr).contains("denied (policy-not-granted)"), "{}", text(&output.stderr));
+        }
+    }
+    assert!(daemon.exec(0, &["--policy", "build"], &["true"]).status.success(), "root may");
+    let denials: Vec<_> =
+        daemon.records().into_iter().filter(|record| record["event"]["kind"] == "deny").collect();
+    assert_eq!(denials.len(), 2, "{denials:?}");
+    assert!(denials.iter().all(|denial| denial["event"]["code"] == "policy-not-granted"));
+    assert_eq!(denials[0]["event"]["uid"], EVE);
+}
+
+/// CB-22. A name with line ends, escapes and quotes is one record, and no terminal sees it raw.
+#[test]
+fn every_run_is_recorded_before_and_after_and_what_it_says_is_escaped() {
+    let daemon = Daemon::start();
+    let nasty = "x\n{\"kind\":\"end\"}\u{1b}[2J\u{202e}";
+    let output = daemon.exec(ADA, &[], &["sh", "-c", "exit 3", nasty]);
+    assert_eq!(output.status.code(), Some(3));
+    let records = daemon.records();
+    let kinds: Vec<_> =
+        records.iter().map(|record| record["event"]["kind"].as_str().unwrap_or_default()).collect();
+    assert_eq!(kinds, ["start", "end"]);
+    assert_eq!(records[0]["event"]["command"][3], nasty);
+    assert_eq!(records[0]["event"]["uid"], ADA);
+    assert_eq!(records[1]["event"]["outcome"], serde_json::json!({ "kind": "exited", "code": 3 }));
+    let raw = fs::read(daemon.state().join("audit.jsonl")).expect("the record");
+    assert!(!raw.contains(&0x1b), "an escape stands raw in the record");
+    assert_eq!(raw.iter().filter(|byte| **byte == b'\n').count(), 2);
+}
+
+#[test]
+fn an_edited_removed_reordered_or_cut_record_is_found() {
+    let mut daemon = Daemon::start();
+    for code in 0..4 {
+        daemon.exec(ADA, &[], &["sh", "-c", &format!("exit {code}")]);
+    }
+    daemon.stop();
+    assert!(daemon.audit("verify").status.success(), "the control");
+    let path = daemon.state().join("audit.jsonl");
+    let good = fs::read_to_string(&path).expect("the record");
+    let lines: Vec<&str> = good.lines().collect();
+    assert_eq!(lines.len(), 8);
+    let joined = |lines: &[&str]| lines.iter().map(|line| format!("{line}\n")).collect::<String>();
+    let mut reordered = lines.clone();
+    reordered.swap(2, 3);
+    for (how, text) in [
+        ("edited", good.replacen("\"code\":2", "\"code\":0", 1)),
+        ("removed", joined(&[&lines[..3], &lines[4..]].concat())),
+        ("reordered", joined(&reordered)),
+        ("cut at a line", joined(&lines[..6])),
+        ("cut in a line", good[..good.len() - 9].to_owned()),
+        ("emptied", String::new()),
+    ] {
+        assert_ne!(text, good, "{how}");
+        fs::write(&path, text).expect("it can be written");
+        let found = daemon.audit("verify");
+        assert_eq!(found.status.code(), Some(1), "{how}: {}", text_of(&found));
+    }
+    fs::write(&path, good).expect("it can be written");
+    assert!(daemon.audit("verify").status.success(), "whole again");
+}
+
+fn text_of(output: &Output) -> String {
+    text(&output.stdout) + &text(&output.stderr)
+}
+
+/// The record goes on where it ended, through restarts of the service.
+#[test]
+fn the_chain_goes_on_after_a_restart() {
+    let mut daemon = Daemon::start();
+    assert!(daemon.exec(ADA, &[], &["true"]).status.success());
+    daemon.stop();
+    let again = Command::new(program("broker"))
+        .args(["serve", "--config"])
+        .arg(daemon.folder.path().join("config.toml"))
+        .stderr(Stdio::null())
+        .spawn();
+    daemon.process = again.expect("it starts");
+    assert!(within(Duration::from_secs(5), || UnixStream::connect(daemon.socket()).is_ok()));
+    assert!(daemon.exec(ADA, &[], &["true"]).status.success());
+    let verified = daemon.audit("verify");
+    assert!(verified.status.success(), "{}", text_of(&verified));
+    assert!(text(&verified.stdout).starts_with("4 records"), "{}", text_of(&verified));
+}
+
+/// A record that cannot be written denies the act: here a file system that is full. What was recorded stays whole.
+#[test]
+fn what_cannot_be_recorded_is_not_done() {
+    let daemon = Daemon::start_after("mount -t tmpfs -o size=16k none \"$STATE\"");
+    assert!(daemon.exec(ADA, &[], &["true"]).status.success(), "the control");
+    let workspace = folder_of(ADA);
+    let path = workspace.path().display().to_string();
+    let denied = (0..60).find_map(|number| {
+        let name = format!("ran-{number}");
+        let output = daemon.exec(ADA, &["--workspace", &path], &["touch", &name]);
+        (!output.status.success()).then_some((output, name))
+    });
+    let (output, name) = denied.expect("16 KiB are not for ever");
+    assert_eq!(output.status.code(), Some(125), "{output:?}");
+    assert!(text(&output.stderr).contains("denied (audit)"), "{}", text(&output.stderr));
+    assert!(!workspace.path().join(name).exists(), "it ran without a record");
+    // In the daemon's own mount namespace, which dies with it.
+    let launcher = daemon.role("launcher").expect("it lives").to_string();
+    let mut verify = Command::new("nsenter");
+    verify
+        .args(["--mount", "--target", &launcher])
+        .arg(program("broker"))
+        .args(["audit", "verify", "--state"]);
+    let verified = verify.arg(daemon.state()).output().expect("nsenter runs");
+    assert!(verified.status.success(), "{}", text_of(&verified));
+}
