@@ -34,16 +34,25 @@ fn outcome(plan: &Plan, ended: &Ended, counts: Option<Counts>) -> Result<Outcome
     let oom = counts.is_some_and(|counts| counts.oom_kills > 0);
     Ok(match ended.message {
         Some(message @ Message::SetupFailed { .. }) => return Err(confine_error(plan, message)),
-        Some(Message::ExecFailed { errno: libc::ENOENT | libc::ENOTDIR }) => Outcome::NotFound,
-        Some(Message::ExecFailed { errno }) => Outcome::NotExecutable { errno },
+        Some(message @ Message::ExecFailed { .. }) => of_command(message),
         _ if ended.timed_out => Outcome::TimedOut,
-        Some(Message::Signaled { signal: libc::SIGKILL }) if oom => Outcome::Oom,
-        Some(Message::Signaled { signal }) => Outcome::Signaled { signal },
-        Some(Message::Exited { code }) => Outcome::Exited { code },
+        Some(Message::Signaled { signal: libc::SIGKILL, .. }) if oom => Outcome::Oom,
+        Some(message) => of_command(message),
         // The kernel takes init with the whole group when memory runs out (memory.oom.group).
         None if oom => Outcome::Oom,
         None => Outcome::Signaled { signal: libc::SIGKILL },
     })
+}
+
+/// How one command ended.
+pub(crate) fn of_command(message: Message) -> Outcome {
+    match message {
+        Message::ExecFailed { errno: libc::ENOENT | libc::ENOTDIR, .. } => Outcome::NotFound,
+        Message::ExecFailed { errno, .. } => Outcome::NotExecutable { errno },
+        Message::Exited { code, .. } => Outcome::Exited { code },
+        Message::Signaled { signal, .. } => Outcome::Signaled { signal },
+        Message::Ready | Message::SetupFailed { .. } => Outcome::Signaled { signal: libc::SIGKILL },
+    }
 }
 
 /// What a failed set-up is to the caller.

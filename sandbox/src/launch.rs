@@ -1,9 +1,7 @@
 //! The story of a run: [`run`]. The process that gets here has one thread and holds no secret.
 
-use std::ffi::CString;
 use std::fmt;
 use std::io;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,10 +10,11 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use seccompiler::BpfProgram;
 
 use crate::cgroup::{Entry, Group, GroupError};
-use crate::confine::{Prepared, confine};
+use crate::confine::{Confined, Prepared, Trees, confine};
 use crate::init;
 use crate::judge;
 use crate::open;
+use crate::order::Command;
 use crate::pin::Pin;
 use crate::plan::Plan;
 use crate::relay::{Copied, Relay};
@@ -24,7 +23,7 @@ use crate::seccomp;
 use crate::slot::{Slot, SlotError};
 use crate::streams::{self, Streams};
 use crate::supervise::{Ended, Running, Signals};
-use crate::sys::{self, Image, Side};
+use crate::sys::{self, Setting, Side};
 use crate::workspace::{Lent, Workspace, WorkspaceError};
 
 /// Every namespace but those of users, which comes last, and control groups, which comes after the move into one.
@@ -108,7 +107,7 @@ impl LaunchError {
     }
 }
 
-fn call(what: &'static str) -> impl Fn(io::Error) -> LaunchError {
+pub(crate) fn call(what: &'static str) -> impl Fn(io::Error) -> LaunchError {
     move |source| LaunchError::Call { what, source }
 }
 
@@ -130,13 +129,19 @@ pub struct Given {
 /// # Errors
 /// As [`run`].
 pub fn run_given(plan: &Plan, shared: &Path, given: Given) -> Result<Report, LaunchError> {
+    let lent = lend(plan, given)?;
+    with_parts(plan, shared, lent.as_ref(), launch)
+}
+
+/// Takes what was given: the streams become this process's own.
+pub(crate) fn lend(plan: &Plan, given: Given) -> Result<Option<Lent>, LaunchError> {
     let Given { streams, workspace, caller: (uid, gid), process } = given;
     streams::install(streams).map_err(call("standard streams"))?;
     let lent = workspace.map(|directory| Lent { directory, uid, gid, process });
     if plan.workspace.is_some() && lent.is_none() {
         return Err(call("workspace")(io::Error::from_raw_os_error(libc::EBADF)));
     }
-    run_lent(plan, shared, lent.as_ref())
+    Ok(lent)
 }
 
 /// Runs the command of `plan` in a sandbox of its own, and returns when nothing of it is left.
@@ -148,10 +153,16 @@ pub fn run_given(plan: &Plan, shared: &Path, given: Given) -> Result<Report, Lau
 /// # Errors
 /// When the sandbox cannot be set up as planned. Then nothing was executed, and nothing is left either.
 pub fn run(plan: &Plan, shared: &Path) -> Result<Report, LaunchError> {
-    run_lent(plan, shared, None)
+    with_parts(plan, shared, None, launch)
 }
 
-fn run_lent(plan: &Plan, shared: &Path, lent: Option<&Lent>) -> Result<Report, LaunchError> {
+/// Takes what a sandbox needs from this host, has it `lived`, and gives everything back.
+pub(crate) fn with_parts(
+    plan: &Plan,
+    shared: &Path,
+    lent: Option<&Lent>,
+    lived: impl FnOnce(&Parts<'_>, Option<&Workspace>) -> Result<(Ended, Option<Copied>), LaunchError>,
+) -> Result<Report, LaunchError> {
     sys::hear_of_children();
     let filter = seccomp::compile(plan.seccomp)
         .map_err(|error| call("system-call filter")(io::Error::other(error)))?;
@@ -166,7 +177,7 @@ fn run_lent(plan: &Plan, shared: &Path, lent: Option<&Lent>) -> Result<Report, L
         .transpose();
     let ended = workspace.map_err(LaunchError::Workspace).and_then(|workspace| {
         let parts = Parts { plan, filter: &filter, slot: &slot, group: group.as_ref(), signals: &signals };
-        let ended = launch(&parts, workspace.as_ref());
+        let ended = lived(&parts, workspace.as_ref());
         if let Some(workspace) = &workspace {
             workspace.release();
         }
@@ -181,20 +192,21 @@ fn run_lent(plan: &Plan, shared: &Path, lent: Option<&Lent>) -> Result<Report, L
 }
 
 /// What a launch is made of.
-struct Parts<'a> {
-    plan: &'a Plan,
-    filter: &'a BpfProgram,
-    slot: &'a Slot,
-    group: Option<&'a Group>,
-    signals: &'a Signals,
+pub(crate) struct Parts<'a> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) filter: &'a BpfProgram,
+    pub(crate) slot: &'a Slot,
+    pub(crate) group: Option<&'a Group>,
+    pub(crate) signals: &'a Signals,
 }
 
 /// From the host's trees to the end of the sandbox.
 fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Option<Copied>), LaunchError> {
-    let Parts { plan, filter, slot, group, signals } = *parts;
+    let Parts { plan, slot, group, signals, .. } = *parts;
     let pin = Pin::here();
-    let entry = group.map(Group::entry).transpose().map_err(LaunchError::Group)?;
-    let image = image(plan, &pin).map_err(call("command"))?;
+    let command = Command::of(&plan.command).map_err(call("command"))?;
+    let controlling_terminal = plan.streams == crate::plan::StreamsPlan::Terminal;
+    let setting = Setting { controlling_terminal, processors: pin.processors(), streams: None };
     let trees = open::trees(plan, workspace, slot.uid()).map_err(LaunchError::Tree)?;
     let streams = streams::make(plan.streams, &trees.terminals).map_err(call("standard streams"))?;
     let Streams { inside, flows, terminal } = streams;
@@ -202,23 +214,9 @@ fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Op
     let relay = relay.transpose().map_err(call("relay"))?;
     let (status, said) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| call("status pipe")(error.into()))?;
     let started = Instant::now();
-    let into = match &entry {
-        Some(Entry::Clone(group)) => Some(group.as_fd()),
-        _ => None,
-    };
-    let init = match sys::clone3(NAMESPACES, into).map_err(call("clone3"))? {
-        Side::Child => {
-            let kept = [said.as_fd(), slot.lock().as_fd()];
-            let prepared = Prepared { plan, filter, trees, entry, uid: slot.uid(), streams: inside, kept };
-            match confine(prepared) {
-                Ok(confined) => init::live(&confined, &image, &said),
-                Err(failure) => init::setup_failed(&said, &failure),
-            }
-        }
-        Side::Parent { pidfd, .. } => pidfd,
-    };
-    // What the child has, the parent gives up: the ends of streams above all.
-    drop((trees, inside, said, entry));
+    let init = make_init(parts, trees, inside, said, |confined, said| {
+        init::live(confined, &command, &setting, said)
+    })?;
     let running = Running { init, status, started, group, terminal: terminal.as_ref(), signals };
     let (timeout, grace) = (plan.timeout_ms.map(Duration::from_millis), Duration::from_millis(plan.grace_ms));
     let ended = running.wait(timeout, grace).map_err(call("waiting"))?;
@@ -226,24 +224,32 @@ fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Op
     Ok((ended, copied))
 }
 
-/// What execve(2) gets.
-fn image(plan: &Plan, pin: &Pin) -> io::Result<Image> {
-    let command = &plan.command;
-    let candidates = command.candidates.iter().map(|path| CString::new(path.as_os_str().as_bytes()));
-    let arguments = command.arguments.iter().map(|argument| CString::new(argument.as_bytes()));
-    let environment = command.environment.iter().map(|(name, value)| {
-        let mut text = name.clone().into_bytes();
-        text.push(b'=');
-        text.extend(value.clone().into_vec());
-        CString::new(text)
-    });
-    Ok(Image::new(
-        candidates.collect::<Result<_, _>>()?,
-        arguments.collect::<Result<_, _>>()?,
-        environment.collect::<Result<_, _>>()?,
-        plan.streams == crate::plan::StreamsPlan::Terminal,
-        pin.processors(),
-    ))
+/// The child that confines itself and then lives as init. What it has, the parent gives up: the ends of streams above all.
+pub(crate) fn make_init(
+    parts: &Parts<'_>,
+    trees: Trees,
+    streams: [OwnedFd; 3],
+    said: OwnedFd,
+    live: impl FnOnce(&Confined, &OwnedFd),
+) -> Result<OwnedFd, LaunchError> {
+    let Parts { plan, filter, slot, group, .. } = *parts;
+    let entry = group.map(Group::entry).transpose().map_err(LaunchError::Group)?;
+    let into = match &entry {
+        Some(Entry::Clone(group)) => Some(group.as_fd()),
+        _ => None,
+    };
+    match sys::clone3(NAMESPACES, into).map_err(call("clone3"))? {
+        Side::Child => {
+            let kept = [said.as_fd(), slot.lock().as_fd()];
+            let prepared = Prepared { plan, filter, trees, entry, uid: slot.uid(), streams, kept };
+            match confine(prepared) {
+                Ok(confined) => live(&confined, &said),
+                Err(failure) => init::setup_failed(&said, &failure),
+            }
+            sys::exit_now(1)
+        }
+        Side::Parent { pidfd, .. } => Ok(pidfd),
+    }
 }
 
 /// Forks a process that has `given`, `channel` and the standard streams of this one, runs `body` and ends; it dies with this

@@ -11,7 +11,9 @@ mod init;
 mod job;
 mod judge;
 mod launch;
+mod live;
 mod open;
+mod order;
 mod pin;
 mod plan;
 mod policy;
@@ -28,6 +30,7 @@ pub use cgroup::GroupError;
 pub use host::{Caller, Cgroups, Controller, Device, Host, PathKind};
 pub use job::{Job, NarrowError, Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish};
 pub use launch::{Given, LaunchError, fork_supervisor, run, run_given, shared_directory};
+pub use live::{Orders, live};
 pub use open::OpenError;
 pub use plan::{
     CgroupPlan, CgroupVersion, CommandPlan, Exec, INNER_ID, IoPlan, LANDLOCK_ABI_TESTED, LandlockAccess,

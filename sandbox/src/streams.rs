@@ -46,6 +46,11 @@ pub(crate) fn install(streams: [Option<OwnedFd>; 3]) -> io::Result<()> {
     Ok(rustix::stdio::dup2_stderr(or_null(errors)?)?)
 }
 
+/// `/dev/null` three times.
+pub(crate) fn nothing() -> io::Result<[OwnedFd; 3]> {
+    Ok([null()?, null()?, null()?])
+}
+
 /// What goes in, and what a relay has to copy.
 pub(crate) struct Streams {
     pub(crate) inside: [OwnedFd; 3],

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{SigSet, Signal as NixSignal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
@@ -42,6 +42,23 @@ impl Signals {
         let before = wanted.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK)?;
         let arrived = SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         Ok(Signals { arrived, before })
+    }
+}
+
+impl Signals {
+    /// Whether a launcher has told this process to end its sandbox. Other signals are taken, and mean nothing here.
+    pub(crate) fn end_was_sent(&self) -> bool {
+        let mut end = false;
+        while let Ok(Some(signal)) = self.arrived.read_signal() {
+            end |= signal.ssi_signo.cast_signed() == END;
+        }
+        end
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.arrived.as_fd()
     }
 }
 

@@ -8,7 +8,7 @@ use std::mem::size_of;
 
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-pub use spawn::{Image, spawn};
+pub use spawn::{Setting, spawn};
 
 /// `CLONE_INTO_CGROUP` of clone3(2); libc's constant is 0 on some targets.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;

@@ -1,60 +1,51 @@
 //! Starts the workload from init: clone(2) that shares memory until execve(2), as posix_spawn(3) does it, because copying
 //! init's page tables costs more than everything else in here.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
 
+use rustix::fd::{AsRawFd, BorrowedFd};
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-/// Everything that execve(2) needs, laid out before.
-#[derive(Debug)]
-pub struct Image {
-    candidates: Vec<CString>,
-    arguments: Vec<CString>,
-    environment: Vec<CString>,
-    controlling_terminal: bool,
-    processors: Option<CpuSet>,
-}
+use crate::order::Command;
 
-impl Image {
-    /// `candidates` are tried in order until one can be executed. With `controlling_terminal` standard input becomes
-    /// that of the new session; with `processors` it may run on those, wherever init itself may.
-    pub fn new(
-        candidates: Vec<CString>,
-        arguments: Vec<CString>,
-        environment: Vec<CString>,
-        controlling_terminal: bool,
-        processors: Option<CpuSet>,
-    ) -> Image {
-        Image { candidates, arguments, environment, controlling_terminal, processors }
-    }
+/// How a command is started.
+#[derive(Debug, Default)]
+pub struct Setting<'a> {
+    /// Standard input becomes the terminal of the new session.
+    pub controlling_terminal: bool,
+    /// It may run on these processors, wherever init itself may.
+    pub processors: Option<CpuSet>,
+    /// What becomes its standard streams; init's own where there is nothing.
+    pub streams: Option<[BorrowedFd<'a>; 3]>,
 }
 
 struct Request<'a> {
+    directory: &'a CStr,
     candidates: &'a [CString],
     arguments: Vec<*const libc::c_char>,
     environment: Vec<*const libc::c_char>,
-    controlling_terminal: bool,
-    processors: Option<&'a CpuSet>,
+    setting: &'a Setting<'a>,
     errno: AtomicI32,
 }
 
 /// The child's stack: it calls a dozen functions and no deeper. Not cleared: each page that is touched costs a fault.
 const STACK_BYTES: usize = 32 * 1024;
 
-/// Starts `image` as leader of a new session, all signals at their default and unblocked.
+/// Starts `command` as leader of a new session, all signals at their default and unblocked. Its candidates are tried in order
+/// until one can be executed.
 ///
 /// # Errors
-/// As clone(2), or the most telling errno of the execve(2) calls: `EACCES` goes before `ENOENT`.
-pub fn spawn(image: &Image) -> io::Result<Pid> {
+/// As clone(2), dup2(2), chdir(2), or the most telling errno of the execve(2) calls: `EACCES` goes before `ENOENT`.
+pub fn spawn(command: &Command, setting: &Setting<'_>) -> io::Result<Pid> {
     let request = Request {
-        candidates: &image.candidates,
-        arguments: pointers(&image.arguments),
-        environment: pointers(&image.environment),
-        controlling_terminal: image.controlling_terminal,
-        processors: image.processors.as_ref(),
+        directory: &command.directory,
+        candidates: &command.candidates,
+        arguments: pointers(&command.arguments),
+        environment: pointers(&command.environment),
+        setting,
         errno: AtomicI32::new(0),
     };
     let mut stack = Vec::<u8>::with_capacity(STACK_BYTES);
@@ -86,14 +77,20 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
 extern "C" fn child(request: *mut libc::c_void) -> libc::c_int {
     // SAFETY: `spawn` passes a Request that lives until this child has gone.
     let request = unsafe { &*request.cast::<Request<'_>>() };
-    if let Some(processors) = request.processors {
+    if let Some(processors) = &request.setting.processors {
         let _ = sched_setaffinity(None, processors);
     }
     // SAFETY: plain system calls on values; sigaction and sigset are valid when all zero (SIG_DFL, empty), and signal
     // dispositions are this process's own, since CLONE_SIGHAND is not given.
     unsafe {
         libc::setsid();
-        if request.controlling_terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) != 0 {
+        // The copies on 0, 1 and 2 survive execve(2), the originals do not.
+        let streams = request.setting.streams.iter().flatten().zip(0..);
+        let failed =
+            streams.map(|(stream, number)| libc::dup2(stream.as_raw_fd(), number)).any(|made| made < 0)
+                || libc::chdir(request.directory.as_ptr()) != 0
+                || request.setting.controlling_terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) != 0;
+        if failed {
             request.errno.store(*libc::__errno_location(), Ordering::Relaxed);
             libc::_exit(127);
         }

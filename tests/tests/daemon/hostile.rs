@@ -77,7 +77,8 @@ fn what_is_no_message_ends_its_connection_alone() {
     assert!(text(&said[..length]).contains("io.broker.Control"), "{}", text(&said[..length]));
     drop(stream);
     assert!(
-        within(Duration::from_secs(5), || daemon.role("core") == before.0 && descriptors(&daemon) <= before.1),
+        within(Duration::from_secs(5), || daemon.role("core") == before.0
+            && descriptors(&daemon) <= before.1),
         "the core is another, or holds what is not its own"
     );
     let breaches = daemon.records().iter().filter(|record| record["event"]["kind"] == "breach").count();
