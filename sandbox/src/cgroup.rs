@@ -18,6 +18,8 @@ use crate::plan::{CgroupPlan, CgroupVersion, IoPlan};
 const TOP: &str = "broker";
 /// The period of the processor quota, in microseconds.
 const CPU_PERIOD_US: u64 = 100_000;
+/// The files of v1 that limit a disk's traffic.
+const THROTTLES: [&str; 2] = ["blkio.throttle.read_bps_device", "blkio.throttle.write_bps_device"];
 /// How often, and with which pause, a group that is still busy is tried again.
 const REMOVE_TRIES: u32 = 200;
 const REMOVE_PAUSE: Duration = Duration::from_millis(1);
@@ -27,6 +29,7 @@ const REMOVE_PAUSE: Duration = Duration::from_millis(1);
 pub struct Group {
     version: CgroupVersion,
     directories: Vec<(Option<Controller>, PathBuf)>,
+    io: Option<IoPlan>,
 }
 
 /// What went wrong with which file.
@@ -75,7 +78,7 @@ impl Group {
     /// # Errors
     /// When it cannot be made, or a limit cannot be written. What was made is removed.
     pub fn make(plan: &CgroupPlan, slot: u32) -> Result<Group, GroupError> {
-        let mut group = Group { version: plan.version, directories: Vec::new() };
+        let mut group = Group { version: plan.version, directories: Vec::new(), io: plan.io.clone() };
         group.fill(plan, slot).inspect_err(|_| group.remove())?;
         Ok(group)
     }
@@ -145,7 +148,7 @@ impl Group {
                 }
                 Some(Controller::Io) => {
                     for (major, minor, bytes) in plan.io.iter().flat_map(by_disk) {
-                        for file in ["blkio.throttle.read_bps_device", "blkio.throttle.write_bps_device"] {
+                        for file in THROTTLES {
                             write(&directory.join(file), &format!("{major}:{minor} {bytes}"))?;
                         }
                     }
@@ -178,13 +181,27 @@ impl Group {
         }
     }
 
-    /// Lifts the processor quota, so that processes which are being killed can get to their end.
-    pub fn lift_cpu_limit(&self) {
+    /// Lifts what slows processes down, so that those which are being killed can get to their end: the kernel ends nobody
+    /// who waits for a throttled disk.
+    pub fn lift_quotas(&self) {
         for (controller, directory) in &self.directories {
             // Not being able to only means that the end takes longer.
             match controller {
-                None => drop(write_existing(&directory.join("cpu.max"), "max")),
+                None => {
+                    drop(write_existing(&directory.join("cpu.max"), "max"));
+                    for (major, minor, _) in self.io.iter().flat_map(by_disk) {
+                        let text = format!("{major}:{minor} rbps=max wbps=max");
+                        drop(write_existing(&directory.join("io.max"), &text));
+                    }
+                }
                 Some(Controller::Cpu) => drop(write_existing(&directory.join("cpu.cfs_quota_us"), "-1")),
+                Some(Controller::Io) => {
+                    for (major, minor, _) in self.io.iter().flat_map(by_disk) {
+                        for file in THROTTLES {
+                            drop(write_existing(&directory.join(file), &format!("{major}:{minor} 0")));
+                        }
+                    }
+                }
                 Some(_) => {}
             }
         }

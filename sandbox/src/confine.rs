@@ -27,10 +27,10 @@ pub(crate) struct Prepared<'a> {
     pub entry: Option<Entry>,
     /// The host uid and gid of the workload.
     pub uid: u32,
-    /// What becomes standard input, output and error.
-    pub streams: [OwnedFd; 3],
-    /// What init keeps beside them: the status pipe and the lock of its slot.
-    pub kept: [BorrowedFd<'a>; 2],
+    /// What becomes standard input, output and error; the sandbox's own `/dev/null` where there is nothing.
+    pub streams: [Option<OwnedFd>; 3],
+    /// What init keeps beside them: its channel, the locks of its slot and of its workspace's placeholders.
+    pub kept: Vec<BorrowedFd<'a>>,
 }
 
 /// A stage of the set-up that failed.
@@ -191,20 +191,23 @@ impl Rooted {
 }
 
 impl Limited {
-    /// The descriptor table of init: 0, 1, 2 for the workload; the status pipe and the slot's lock, which
-    /// close at execve(2). Nothing else.
-    fn describe(self, streams: [OwnedFd; 3], kept: [BorrowedFd<'_>; 2]) -> Result<Described> {
-        let [input, output, errors] = &streams;
+    /// The descriptor table of init: 0, 1, 2 for the workload; its channel and locks, which close at execve(2). Nothing
+    /// else.
+    fn describe(self, streams: [Option<OwnedFd>; 3], kept: Vec<BorrowedFd<'_>>) -> Result<Described> {
+        let null = openat(rustix::fs::CWD, "/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .map_err(io::Error::from)
+            .map_err(Failure::at(Stage::Descriptors, 0))?;
+        let [input, output, errors] = streams.each_ref().map(|stream| stream.as_ref().unwrap_or(&null));
         rustix::stdio::dup2_stdin(input)
             .and_then(|()| rustix::stdio::dup2_stdout(output))
             .and_then(|()| rustix::stdio::dup2_stderr(errors))
             .map_err(io::Error::from)
-            .map_err(Failure::at(Stage::Descriptors, 0))?;
+            .map_err(Failure::at(Stage::Descriptors, 1))?;
         // Before their numbers are closed under them.
-        drop(streams);
+        drop((streams, null));
         let standard = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
         let all: Vec<BorrowedFd<'_>> = standard.into_iter().chain(kept).collect();
-        sys::close_all_but(&all).map_err(Failure::at(Stage::Descriptors, 1))?;
+        sys::close_all_but(&all).map_err(Failure::at(Stage::Descriptors, 2))?;
         rustix::process::umask(Mode::WGRP | Mode::WOTH);
         Ok(Described(()))
     }

@@ -214,7 +214,7 @@ fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Op
     let relay = relay.transpose().map_err(call("relay"))?;
     let (status, said) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| call("status pipe")(error.into()))?;
     let started = Instant::now();
-    let init = make_init(parts, trees, inside, said, |confined, said| {
+    let init = make_init(parts, workspace, trees, inside, said, |confined, said| {
         init::live(confined, &command, &setting, said)
     })?;
     let running = Running { init, status, started, group, terminal: terminal.as_ref(), signals };
@@ -227,8 +227,9 @@ fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Op
 /// The child that confines itself and then lives as init. What it has, the parent gives up: the ends of streams above all.
 pub(crate) fn make_init(
     parts: &Parts<'_>,
+    workspace: Option<&Workspace>,
     trees: Trees,
-    streams: [OwnedFd; 3],
+    streams: [Option<OwnedFd>; 3],
     said: OwnedFd,
     live: impl FnOnce(&Confined, &OwnedFd),
 ) -> Result<OwnedFd, LaunchError> {
@@ -240,7 +241,8 @@ pub(crate) fn make_init(
     };
     match sys::clone3(NAMESPACES, into).map_err(call("clone3"))? {
         Side::Child => {
-            let kept = [said.as_fd(), slot.lock().as_fd()];
+            let locks = workspace.into_iter().flat_map(Workspace::locks).chain([slot.lock()]);
+            let kept = locks.map(AsFd::as_fd).chain([said.as_fd()]).collect();
             let prepared = Prepared { plan, filter, trees, entry, uid: slot.uid(), streams, kept };
             match confine(prepared) {
                 Ok(confined) => live(&confined, &said),

@@ -21,7 +21,6 @@ use crate::order::{Command, ORDER_BYTES_MAX, Order};
 use crate::plan::{CommandPlan, Plan};
 use crate::relay::Copied;
 use crate::report::{Outcome, Report};
-use crate::streams;
 use crate::supervise::{Ended, Signals};
 use crate::workspace::Workspace;
 
@@ -122,18 +121,19 @@ fn stay(
 ) -> Result<(Ended, Option<Copied>), LaunchError> {
     let Parts { plan, slot, group, signals, .. } = *parts;
     let trees = open::trees(plan, workspace, slot.uid()).map_err(LaunchError::Tree)?;
-    let nothing = streams::nothing().map_err(call("standard streams"))?;
     let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
     let (channel, said) = pair.map_err(|error| call("channel")(error.into()))?;
     let started = Instant::now();
-    let init = make_init(parts, trees, nothing, said, |confined, said| init::serve(confined, said))?;
+    let init = make_init(parts, workspace, trees, [None, None, None], said, |confined, said| {
+        init::serve(confined, said)
+    })?;
     let first = receive(&channel).map_err(call("channel"))?;
     let attended = match first {
         Some(Message::Ready) => attend(&Orders { channel, signals }),
         _ => Ok(()),
     };
     if let Some(group) = group {
-        group.lift_cpu_limit();
+        group.lift_quotas();
     }
     let killed = pidfd_send_signal(&init, Signal::KILL);
     if let Err(error) = killed

@@ -146,11 +146,11 @@ pub enum StreamsPlan {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StreamPlan {
-    /// As it is: a pipe or `/dev/null`.
+    /// As it is: a pipe.
     Pass,
     /// Through a pipe of ours.
     Relay,
-    /// `/dev/null`.
+    /// The sandbox's own `/dev/null`: locks and times of the host's would be a way from one sandbox to another.
     Null,
 }
 
@@ -268,9 +268,9 @@ fn streams(job: &Job) -> StreamsPlan {
     }
     let capped = job.limits.output.is_some();
     let mut plans = job.wishes.streams.map(|stream| match stream {
-        Stream::Pipe | Stream::Null => StreamPlan::Pass,
+        Stream::Pipe => StreamPlan::Pass,
         Stream::Other => StreamPlan::Relay,
-        Stream::Closed => StreamPlan::Null,
+        Stream::Null | Stream::Closed => StreamPlan::Null,
     });
     for (plan, stream) in plans.iter_mut().zip(job.wishes.streams).skip(1) {
         if capped && stream == Stream::Pipe {

@@ -46,14 +46,10 @@ pub(crate) fn install(streams: [Option<OwnedFd>; 3]) -> io::Result<()> {
     Ok(rustix::stdio::dup2_stderr(or_null(errors)?)?)
 }
 
-/// `/dev/null` three times.
-pub(crate) fn nothing() -> io::Result<[OwnedFd; 3]> {
-    Ok([null()?, null()?, null()?])
-}
-
 /// What goes in, and what a relay has to copy.
 pub(crate) struct Streams {
-    pub(crate) inside: [OwnedFd; 3],
+    /// Nothing where the sandbox's own `/dev/null` goes.
+    pub(crate) inside: [Option<OwnedFd>; 3],
     pub(crate) flows: Vec<Flow>,
     pub(crate) terminal: Option<CallersTerminal>,
 }
@@ -68,25 +64,24 @@ pub(crate) fn make(plan: StreamsPlan, terminals: &OwnedFd) -> io::Result<Streams
 
 fn each(plans: [StreamPlan; 3]) -> io::Result<Streams> {
     let mut flows = Vec::new();
-    let mut inside = Vec::with_capacity(3);
-    for (number, plan) in (0..).zip(plans) {
-        inside.push(match (plan, standard_stream(number)) {
-            (StreamPlan::Pass, Some(stream)) => stream.try_clone_to_owned()?,
+    let mut inside = [None, None, None];
+    for ((number, plan), place) in (0..).zip(plans).zip(&mut inside) {
+        *place = match (plan, standard_stream(number)) {
+            (StreamPlan::Pass, Some(stream)) => Some(stream.try_clone_to_owned()?),
             (StreamPlan::Relay, Some(stream)) => {
                 let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
                 let callers = stream.try_clone_to_owned()?;
                 if number == 0 {
                     flows.push(Flow { from: callers, to: write, direction: Direction::In });
-                    read
+                    Some(read)
                 } else {
                     flows.push(Flow { from: read, to: callers, direction: Direction::Out });
-                    write
+                    Some(write)
                 }
             }
-            (StreamPlan::Null, _) | (_, None) => null()?,
-        });
+            (StreamPlan::Null, _) | (_, None) => None,
+        };
     }
-    let inside = <[OwnedFd; 3]>::try_from(inside).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
     Ok(Streams { inside, flows, terminal: None })
 }
 
@@ -106,7 +101,7 @@ fn fresh_terminal(terminals: &OwnedFd) -> io::Result<Streams> {
         flows.push(Flow { from, to, direction: Direction::Out });
     }
     let terminal = CallersTerminal::take(outside)?;
-    let inside = [inside.try_clone()?, inside.try_clone()?, inside];
+    let inside = [Some(inside.try_clone()?), Some(inside.try_clone()?), Some(inside)];
     Ok(Streams { inside, flows, terminal: Some(terminal) })
 }
 

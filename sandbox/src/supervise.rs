@@ -166,7 +166,7 @@ impl Running<'_> {
     /// Ends init, and with it every process of its namespace.
     fn end(&self) -> io::Result<()> {
         if let Some(group) = self.group {
-            group.lift_cpu_limit();
+            group.lift_quotas();
         }
         self.send(Signal::KILL)?;
         rustix::io::retry_on_intr(|| waitid(WaitId::PidFd(self.init.as_fd()), WaitIdOptions::EXITED))?;

@@ -2,6 +2,7 @@
 
 mod placeholder;
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -201,6 +202,11 @@ impl Workspace {
         let covered = owner.acting(|| placeholder::cover_all(&turn, &directory, owner, &plan.protect))?;
         let (protect, held) = (covered.paths, covered.held);
         Ok(Workspace { mount, protect, held, registry: registry.to_owned(), owner })
+    }
+
+    /// What says that the placeholders are still needed, as long as anybody has it open.
+    pub(crate) fn locks(&self) -> impl Iterator<Item = &File> {
+        self.held.iter().map(|held| &held.lock)
     }
 
     /// Takes the placeholders away that no other run still needs.

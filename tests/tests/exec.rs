@@ -402,3 +402,29 @@ fn output_over_the_cap_is_cut_and_flagged_and_below_it_is_whole() {
         assert_eq!(text(&output.stderr).contains("cut"), bytes > kept, "{}", text(&output.stderr));
     }
 }
+
+/// A lock or a time on the host's `/dev/null` would be seen by every other sandbox, and hold up the host's own locks.
+#[test]
+fn a_null_stream_is_the_sandbox_s_own() {
+    use std::os::unix::fs::MetadataExt;
+    let host = || fs::metadata("/dev/null").expect("it is there");
+    let before = (host().ino(), host().mtime(), host().mtime_nsec());
+    let mut command = exec(&[]);
+    command
+        .args(["python3", "-c", NULL_STREAM])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    let output = command.output().expect("broker runs");
+    let inside: u64 = text(&output.stdout).trim().parse().expect("an inode's number");
+    assert_ne!(inside, before.0);
+    assert_eq!((host().ino(), host().mtime(), host().mtime_nsec()), before, "the host's was touched");
+}
+
+const NULL_STREAM: &str = "
+import fcntl, os
+fcntl.flock(0, fcntl.LOCK_EX)
+try: os.utime(0)
+except OSError: pass
+print(os.fstat(0).st_ino)
+";

@@ -320,9 +320,10 @@ fn pipes_pass_as_they_are() {
 }
 
 #[test]
-fn the_null_device_passes_and_takes_the_place_of_what_is_closed() {
+fn a_null_device_of_the_sandbox_s_own_takes_the_place_of_the_host_s_and_of_what_is_closed() {
     let null = on_host("character special file", File::open("/dev/null").expect("/dev/null"));
-    assert_eq!(streams_inside(|_| {}), [null.clone(), null.clone(), null]);
+    let inside = streams_inside(|_| {});
+    assert!(inside.iter().all(|stream| stream.ends_with(" 1:3") && *stream != null), "{inside:?}");
     for closing in ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"] {
         let seen = streams_inside(|command| {
             let mut shell = Command::new("sh");

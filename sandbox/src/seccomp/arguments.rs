@@ -103,6 +103,19 @@ pub(super) fn rules(plan: SeccompPlan) -> Vec<(c_long, Rule)> {
         (libc::SYS_prlimit64, limits_of_its_own()),
         (libc::SYS_setrlimit, not_core(0).map(|other| vec![other]).to_vec()),
     ];
+    // Any process but init, which has the workload's uid: whoever could starve it would hold signals up.
+    for call in [
+        libc::SYS_sched_setaffinity,
+        libc::SYS_sched_setparam,
+        libc::SYS_sched_setscheduler,
+        libc::SYS_sched_setattr,
+    ] {
+        table.push((call, not_init(0).map(|other| vec![other]).to_vec()));
+    }
+    // PRIO_PROCESS and PRIO_PGRP; IOPRIO_WHO_PROCESS and IOPRIO_WHO_PGRP. All of a user's processes would be init too.
+    for (call, first) in [(libc::SYS_setpriority, 0), (libc::SYS_ioprio_set, 1)] {
+        table.push((call, not_init(1).map(|other| vec![within(0, first, first + 1), other]).to_vec()));
+    }
     let (own, kept) = (INNER_ID, u32::MAX);
     for call in [libc::SYS_setuid, libc::SYS_setgid] {
         table.push((call, vec![ids(&[own])]));
@@ -175,6 +188,10 @@ fn limits_of_its_own() -> Rule {
 fn not_core(argument: u32) -> [Condition; 2] {
     let core = libc::RLIMIT_CORE;
     [within(argument, 0, core - 1), within(argument, core + 1, u32::MAX)]
+}
+
+fn not_init(argument: u32) -> [Condition; 2] {
+    [equal(argument, 0), within(argument, 2, u32::MAX)]
 }
 
 fn ids(list: &[u32]) -> Vec<Condition> {

@@ -87,10 +87,10 @@ const ALLOWED: &[c_long] = calls![
     SYS_set_tid_address SYS_set_robust_list SYS_get_robust_list SYS_rseq SYS_futex SYS_futex_waitv
     SYS_setpgid SYS_getpgid SYS_getsid SYS_setsid SYS_pidfd_open
     SYS_pidfd_send_signal SYS_getrlimit SYS_getrusage SYS_times
-    SYS_sched_yield SYS_sched_setaffinity SYS_sched_getaffinity SYS_sched_getparam SYS_sched_setparam
-    SYS_sched_getscheduler SYS_sched_setscheduler SYS_sched_get_priority_max SYS_sched_get_priority_min
-    SYS_sched_rr_get_interval SYS_sched_getattr SYS_sched_setattr SYS_getpriority SYS_setpriority SYS_ioprio_get
-    SYS_ioprio_set SYS_getcpu
+    SYS_sched_yield SYS_sched_getaffinity SYS_sched_getparam
+    SYS_sched_getscheduler SYS_sched_get_priority_max SYS_sched_get_priority_min
+    SYS_sched_rr_get_interval SYS_sched_getattr SYS_getpriority SYS_ioprio_get
+    SYS_getcpu
     // Signals.
     SYS_kill SYS_tkill SYS_tgkill SYS_rt_sigaction SYS_rt_sigprocmask SYS_rt_sigpending SYS_rt_sigqueueinfo
     SYS_rt_tgsigqueueinfo SYS_rt_sigreturn SYS_rt_sigsuspend SYS_rt_sigtimedwait SYS_sigaltstack SYS_restart_syscall

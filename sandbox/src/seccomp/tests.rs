@@ -297,3 +297,22 @@ fn fcntl_takes_no_lease_and_no_directory_notice() {
         assert_int(libc::SYS_fcntl, &[0, command, 0], REFUSED);
     }
 }
+
+/// Whoever has init's uid may schedule it, unless the filter says no. Threads are named by number: 0 is oneself.
+#[test]
+fn init_is_not_scheduled_by_anybody() {
+    use libc::*;
+    for number in [SYS_sched_setaffinity, SYS_sched_setparam, SYS_sched_setscheduler, SYS_sched_setattr] {
+        assert_int(number, &[1], REFUSED);
+        for other in [0, 2, 12_345] {
+            assert_int(number, &[other], ALLOW);
+        }
+    }
+    for (number, process) in [(SYS_setpriority, 0), (SYS_ioprio_set, 1)] {
+        for (which, who, verdict) in
+            [(0, 0, ALLOW), (0, 7, ALLOW), (0, 1, REFUSED), (1, 0, ALLOW), (1, 1, REFUSED), (2, 0, REFUSED)]
+        {
+            assert_int(number, &[process + which, who], verdict);
+        }
+    }
+}

@@ -32,7 +32,7 @@ pub(super) struct Held {
     name: PathBuf,
     found: Identity,
     placeholder: Placeholder,
-    lock: File,
+    pub(super) lock: File,
 }
 
 /// Which file something is. The kernel gives an inode's number again as soon as it is free, so its birth counts too.

@@ -7,7 +7,7 @@ fn sleeping(daemon: &Daemon, uid: u32, token: &str) -> Child {
     let mut command = daemon.broker(uid, &["exec"]);
     let run = command.args(["--", "sh", "-c", "sleep 600; :", token]).spawn().expect("it starts");
     assert!(within(Duration::from_secs(5), || daemon.list(0).len() > before), "{}", daemon.log());
-    assert!(within(Duration::from_secs(5), || !broker_tests::carriers(token).is_empty()), "{}", daemon.log());
+    assert!(within(Duration::from_secs(5), || inside(token) > 0), "{}", daemon.log());
     run
 }
 

@@ -367,3 +367,24 @@ fn traffic_of_disks_is_limited() {
     let inside = taken("[limits]\nio = \"1MiB\"\n");
     assert!(inside > Duration::from_secs(2), "3 MiB at 1 MiB a second took {inside:?}");
 }
+
+/// The kernel ends nobody who waits for a throttled disk: the limit is lifted before the kill. Control: the read takes as
+/// long as the limit says where there is no deadline.
+#[test]
+fn a_throttled_process_does_not_outlast_its_deadline() {
+    let directory = folder("broker-io-");
+    std::fs::write(directory.path().join("big"), vec![7; 6 << 20]).expect("a file");
+    run(Command::new("sync").arg("-f").arg(directory.path()));
+    let taken = |deadline: &str| {
+        let limits = format!("[limits]\nio = \"1MiB\"\n{deadline}");
+        let sandbox =
+            Sandbox::with(&limits).option("--workspace").option(directory.path().display().to_string());
+        let start = Instant::now();
+        let output = sandbox.shell("trap '' TERM; dd if=big of=/dev/null bs=6M iflag=direct status=none");
+        (start.elapsed(), output.status.code())
+    };
+    let (control, code) = taken("");
+    assert!(code == Some(0) && control > Duration::from_secs(4), "control: {control:?}, {code:?}");
+    let (inside, code) = taken("timeout = \"500ms\"\ngrace = \"200ms\"\n");
+    assert!(code == Some(124) && inside < Duration::from_secs(3), "{inside:?}, {code:?}");
+}
