@@ -2,10 +2,12 @@
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerPidfd;
+use passfd::FdPassingExt;
 use rustix::fd::OwnedFd;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use serde::Serialize;
@@ -98,6 +100,19 @@ impl Connection {
         Ok(())
     }
 
+    /// Sends a reply that hands `descriptor` over, on its first byte.
+    pub async fn hand_over<T: Serialize>(&self, parameters: T, descriptor: OwnedFd) -> Result<(), End> {
+        let reply = Reply { parameters, continues: false, error: None };
+        let mut bytes = serde_json::to_vec(&reply).map_err(|_| End::Failed)?;
+        bytes.push(0);
+        let (socket, number) = (self.stream.as_raw_fd(), descriptor.as_raw_fd());
+        let send = || socket.send_fd_with_payload(number, &bytes);
+        match timeout(PATIENCE, self.stream.async_io(Interest::WRITABLE, send)).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(End::Failed),
+        }
+    }
+
     /// Sends a reply.
     pub async fn reply<T: Serialize>(&self, parameters: T, continues: bool) -> Result<(), End> {
         self.send(&Reply { parameters, continues, error: None }).await
@@ -124,6 +139,19 @@ impl Connection {
             left = &left[count..];
         }
         Ok(())
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        discard(self.assembler.take_descriptors());
+    }
+}
+
+/// Closes what a peer has sent, where nobody waits: close(2) of a file can take as long as whoever serves it likes.
+pub fn discard(descriptors: Vec<OwnedFd>) {
+    if !descriptors.is_empty() {
+        tokio::task::spawn_blocking(move || drop(descriptors));
     }
 }
 

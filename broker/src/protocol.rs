@@ -31,8 +31,77 @@ pub struct Run {
     pub limits: Option<Limits>,
 }
 
-/// One variable.
+/// Parameters of `Provision`.
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Provision {
+    /// A policy by name.
+    pub policy: String,
+    /// Variables for every command in it.
+    pub environment: Vec<Variable>,
+    /// The caller's `$PATH`.
+    pub path: String,
+    /// What is mounted at `/workspace`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workspace: Option<Directory>,
+    /// What is tighter than the policy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
+}
+
+/// A reply to `Provision`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Provisioned {
+    /// The sandbox's name.
+    pub sandbox: String,
+    /// The position of its handle.
+    pub handle: usize,
+}
+
+/// Parameters of `Execute`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Execute {
+    /// The position of the handle.
+    pub handle: usize,
+    /// The caller's name for what it does.
+    pub effect: String,
+    /// The command and its arguments.
+    pub command: Vec<String>,
+    /// Variables, beside those of the sandbox.
+    pub environment: Vec<Variable>,
+    /// The caller's `$PATH`.
+    pub path: String,
+    /// Standard input, output, error: positions of descriptors, or `/dev/null`.
+    pub streams: [Option<usize>; 3],
+}
+
+/// A reply to `Execute`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Executed {
+    /// The sandbox's name.
+    pub sandbox: String,
+    /// How far it is.
+    pub state: Progress,
+    /// How it ended, once it has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<Value>,
+}
+
+/// How far a command is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Progress {
+    /// This call has begun it.
+    Started,
+    /// An earlier call has begun it, and it has not ended.
+    Running,
+    /// It has ended.
+    Finished,
+}
+
+/// One variable.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Variable {
     /// Its name.
@@ -159,6 +228,11 @@ pub struct Denial {
 }
 
 impl Denial {
+    /// What cannot be recorded is not done.
+    pub fn not_recorded() -> Denial {
+        Denial::new(Code::Audit, "the act cannot be recorded, so it is not done")
+    }
+
     /// With a message.
     pub fn new(code: Code, message: impl Into<String>) -> Denial {
         Denial { code, message: message.into() }

@@ -125,6 +125,11 @@ impl<D> Assembler<D> {
         Ok(Some((message, own)))
     }
 
+    /// Those of messages that were never whole.
+    pub fn take_descriptors(&mut self) -> Vec<D> {
+        std::mem::take(&mut self.descriptors).into_iter().flat_map(|(_, held)| held).collect()
+    }
+
     /// Whether more waits here than one message may have.
     pub fn is_overfull(&self) -> bool {
         self.bytes.len() > MESSAGE_BYTES_MAX

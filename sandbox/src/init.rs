@@ -149,8 +149,11 @@ fn obey(channel: &OwnedFd, signals: &SignalFd) -> ! {
             continue;
         }
         match receive(channel) {
-            Ok(Some((Order::Start { number, command }, streams))) => {
-                let streams = streams.as_ref().map(|streams| streams.each_ref().map(AsFd::as_fd));
+            Ok(Some((Order::Start { number, streams, command }, given))) => {
+                let mut given = given.iter();
+                let mut stream =
+                    |bit: u32| if streams & (1 << bit) == 0 { None } else { given.next().map(AsFd::as_fd) };
+                let streams = [stream(0), stream(1), stream(2)];
                 match spawn(&command, &Setting { streams, ..Setting::default() }) {
                     Ok(pid) => commands.push((pid, number)),
                     Err(error) => say(channel, exec_failed(&error, number)),
@@ -176,7 +179,7 @@ fn pass_on(command: Option<Pid>, signal: i32) {
 }
 
 /// An order with its streams; nothing when the giver has gone.
-fn receive(channel: &OwnedFd) -> io::Result<Option<(Order, Option<[OwnedFd; 3]>)>> {
+fn receive(channel: &OwnedFd) -> io::Result<Option<(Order, Vec<OwnedFd>)>> {
     let mut bytes = vec![0_u8; ORDER_BYTES_MAX];
     let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(3))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -194,7 +197,7 @@ fn receive(channel: &OwnedFd) -> io::Result<Option<(Order, Option<[OwnedFd; 3]>)
     }
     let order = Order::decode(&bytes[..received.bytes]);
     let order = order.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADMSG))?;
-    Ok(Some((order, streams.try_into().ok())))
+    Ok(Some((order, streams)))
 }
 
 fn launcher_is_gone(status: &OwnedFd) -> bool {

@@ -206,7 +206,7 @@ fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Op
     let pin = Pin::here();
     let command = Command::of(&plan.command).map_err(call("command"))?;
     let controlling_terminal = plan.streams == crate::plan::StreamsPlan::Terminal;
-    let setting = Setting { controlling_terminal, processors: pin.processors(), streams: None };
+    let setting = Setting { controlling_terminal, processors: pin.processors(), streams: [None; 3] };
     let trees = open::trees(plan, workspace, slot.uid()).map_err(LaunchError::Tree)?;
     let streams = streams::make(plan.streams, &trees.terminals).map_err(call("standard streams"))?;
     let Streams { inside, flows, terminal } = streams;

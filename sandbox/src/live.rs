@@ -46,7 +46,7 @@ impl Orders<'_> {
         self.signals.end_was_sent()
     }
 
-    /// Starts a command under a number that no other living one has.
+    /// Starts a command under a number that no other living one has; a stream that is nothing is `/dev/null`.
     ///
     /// # Errors
     /// `EMSGSIZE` where its words are too long together; as sendmsg(2) where init has gone.
@@ -54,15 +54,19 @@ impl Orders<'_> {
         &self,
         number: u32,
         command: &CommandPlan,
-        streams: [BorrowedFd<'_>; 3],
+        streams: [Option<BorrowedFd<'_>>; 3],
     ) -> io::Result<()> {
-        let order = Order::Start { number, command: Command::of(command)? }.encode();
+        let given: Vec<BorrowedFd<'_>> = streams.iter().flatten().copied().collect();
+        let mask = (0..).zip(&streams).map(|(bit, stream)| u32::from(stream.is_some()) << bit).sum();
+        let order = Order::Start { number, streams: mask, command: Command::of(command)? }.encode();
         if order.len() > ORDER_BYTES_MAX {
             return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
         }
         let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(3))];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        control.push(SendAncillaryMessage::ScmRights(&streams));
+        if !given.is_empty() {
+            control.push(SendAncillaryMessage::ScmRights(&given));
+        }
         sendmsg(&self.channel, &[IoSlice::new(&order)], &mut control, SendFlags::NOSIGNAL)?;
         Ok(())
     }

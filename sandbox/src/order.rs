@@ -12,8 +12,8 @@ pub(crate) const ORDER_BYTES_MAX: usize = 128 << 10;
 /// One order. `number` is the giver's name for a command.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// Start a command; its standard streams come with the packet.
-    Start { number: u32, command: Command },
+    /// Start a command. Bit N of `streams` says that a descriptor for standard stream N comes with the packet.
+    Start { number: u32, streams: u32, command: Command },
     /// Pass a signal on to it; `SIGKILL` to its process group.
     Signal { number: u32, signal: i32 },
 }
@@ -61,8 +61,8 @@ impl Order {
         let mut words = |list: &[u32]| bytes.extend(list.iter().flat_map(|word| word.to_ne_bytes()));
         match self {
             Order::Signal { number, signal } => words(&[SIGNAL, *number, signal.cast_unsigned()]),
-            Order::Start { number, command } => {
-                words(&[START, *number]);
+            Order::Start { number, streams, command } => {
+                words(&[START, *number, *streams]);
                 let counts = command.lists().map(|list| u32::try_from(list.len()).unwrap_or(u32::MAX));
                 words(&counts);
                 bytes.extend(command.directory.as_bytes_with_nul());
@@ -85,6 +85,7 @@ impl Order {
         match (word()?, word()?) {
             (SIGNAL, number) => Some(Order::Signal { number, signal: word()?.cast_signed() }),
             (START, number) => {
+                let streams = word()?;
                 let counts = [word()?, word()?, word()?];
                 let mut texts = rest
                     .split_inclusive(|byte| *byte == 0)
@@ -94,7 +95,7 @@ impl Order {
                 let [candidates, arguments, environment] =
                     [list(counts[0])?, list(counts[1])?, list(counts[2])?];
                 let command = Command { directory, candidates, arguments, environment };
-                texts.next().is_none().then_some(Order::Start { number, command })
+                texts.next().is_none().then_some(Order::Start { number, streams, command })
             }
             _ => None,
         }
@@ -116,7 +117,7 @@ mod tests {
             arguments: texts(&["sh", "-c", ""]),
             environment: texts(&["PATH=/bin"]),
         };
-        Order::Start { number: 7, command }
+        Order::Start { number: 7, streams: 5, command }
     }
 
     #[test]

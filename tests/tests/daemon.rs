@@ -4,6 +4,8 @@
 mod hostile;
 #[path = "daemon/lifetime.rs"]
 mod lifetime;
+#[path = "daemon/lives.rs"]
+mod lives;
 #[path = "daemon/record.rs"]
 mod record;
 #[path = "daemon/runs.rs"]

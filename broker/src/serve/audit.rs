@@ -2,6 +2,7 @@
 //!
 //! One thread writes; whoever waits for a record shares its fdatasync(2) with all who wait at that moment.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -185,6 +186,30 @@ fn read_head(directory: &Path) -> Result<Option<(u64, String)>, String> {
         .split_once(' ')
         .and_then(|(count, hash)| Some((count.parse().ok()?, hash.to_owned())));
     parsed.map(Some).ok_or_else(|| format!("{} is no head", path.display()))
+}
+
+/// What was executed in a sandbox: effect to number and, where it has ended, outcome.
+pub fn effects(directory: &Path, sandbox: &str) -> BTreeMap<String, (u32, Option<Value>)> {
+    let mut effects = BTreeMap::new();
+    // The record was verified when this process began.
+    let _ = read(directory, |Line { event, .. }| {
+        let text = |key: &str| event[key].as_str().unwrap_or_default().to_owned();
+        let number = event["number"].as_u64().and_then(|number| u32::try_from(number).ok());
+        match (text("kind").as_str(), number) {
+            _ if text("sandbox") != sandbox => {}
+            ("execute", Some(number)) => {
+                effects.insert(text("effect"), (number, None));
+            }
+            ("executed", _) => {
+                if let Some((_, outcome)) = effects.get_mut(&text("effect")) {
+                    *outcome = Some(event["outcome"].clone());
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    });
+    effects
 }
 
 /// Prints every record, oldest first, as it stands.

@@ -1,6 +1,8 @@
 //! The core: speaks with peers, decides, records, and has the launcher act. Its own uid, no capability, no secret; it never
 //! forks and holds nothing that it could hand out but the channels of its sandboxes.
 
+mod lives;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,9 +16,10 @@ use tokio::net::{UnixListener, UnixStream};
 use super::audit::{Audit, bounded, now_ms};
 use super::config::{Accounts, Config, Peer, Rights, Verb};
 use super::inner::{FromSupervisor, Start, ToCore, ToLauncher, channel, receive, send};
-use crate::connection::{Connection, End};
+use crate::connection::{Connection, End, discard};
 use crate::protocol::{Code, DESCRIPTION, Denial, INTERFACE, Named, Ran, Run, Sandbox, Sandboxes, Signal};
 use crate::wire::{self, Breach, Call};
+use lives::Live;
 
 /// What one uid may have at the same time, and all together.
 const CONNECTIONS_MAX: usize = 64;
@@ -44,6 +47,8 @@ struct Asker {
 #[derive(Default)]
 struct Table {
     sandboxes: BTreeMap<String, Sandbox>,
+    /// Those that wait for commands, by the kernel's name for the callers' end of their handle.
+    lives: BTreeMap<String, Arc<Live>>,
     connections: BTreeMap<u32, usize>,
     started: u64,
 }
@@ -77,15 +82,19 @@ async fn hear(core: Arc<Core>) -> io::Result<()> {
             .await?;
         match received {
             None => return Ok(()),
-            Some((ToCore::Living(sandbox), mut descriptors)) => {
-                let Some(channel) = descriptors.pop() else { continue };
+            Some((ToCore::Living { sandbox, handle }, descriptors)) => {
+                let mut channels = descriptors.into_iter();
+                let Some(channel) = channels.next() else { continue };
                 let id = sandbox.id.clone();
                 core.table().sandboxes.insert(id.clone(), sandbox);
                 let core = Arc::clone(&core);
-                tokio::spawn(async move {
-                    let ended = heard(channel).await;
-                    core.finish(&id, &ended).await;
-                });
+                match handle.zip(channels.next()) {
+                    Some((name, handle)) => core.adopt(id, name, packets(channel)?, packets(handle)?),
+                    None => drop(tokio::spawn(async move {
+                        let ended = heard(channel).await;
+                        core.finish(&id, &ended).await;
+                    })),
+                }
             }
             Some((ToCore::Setup(_), _)) => {}
         }
@@ -153,7 +162,7 @@ impl Core {
     }
 
     /// One call after the other, until the peer goes or breaks the protocol.
-    async fn converse(&self, mut connection: Connection, asker: &Asker) -> End {
+    async fn converse(self: &Arc<Self>, mut connection: Connection, asker: &Asker) -> End {
         loop {
             let (message, descriptors) = match connection.receive().await {
                 Ok(received) => received,
@@ -173,7 +182,7 @@ impl Core {
     }
 
     async fn answer(
-        &self,
+        self: &Arc<Self>,
         connection: &mut Connection,
         asker: &Asker,
         call: Call<'_>,
@@ -188,6 +197,14 @@ impl Core {
             (INTERFACE, "Run") => {
                 let run = parameters::<Run>(&call)?;
                 self.run(connection, asker, run, descriptors, more).await
+            }
+            (INTERFACE, "Provision") => {
+                let wish = parameters(&call)?;
+                self.provision(connection, asker, wish, descriptors).await
+            }
+            (INTERFACE, "Execute") => {
+                let wish = parameters(&call)?;
+                self.execute(connection, asker, wish, descriptors, more).await
             }
             (INTERFACE, "List") => {
                 let known = |sandbox: &&Sandbox| sandbox.uid == peer.uid || rights.may(Verb::List);
@@ -240,15 +257,20 @@ impl Core {
         let event = json!({ "kind": "start", "sandbox": id, "uid": peer.uid, "policy": run.policy, "command": command });
         if !self.audit.record(event).await {
             self.table().sandboxes.remove(&id);
-            let denial = Denial::new(Code::Audit, "the act cannot be recorded, so it is not done");
-            return self.deny(connection, asker.peer, "Run", denial).await;
+            return self.deny(connection, asker.peer, "Run", Denial::not_recorded()).await;
         }
         let process = run.workspace.as_ref().and_then(|_| connection.process());
-        let start =
-            Start { sandbox, peer: peer.into(), run, process: process.as_ref().map(|_| descriptors.len()) };
-        let ended = match self.start(start, &descriptors, process.as_ref()).await {
+        let start = Start {
+            sandbox,
+            peer: peer.into(),
+            run,
+            handle: None,
+            process: process.as_ref().map(|_| descriptors.len()),
+        };
+        let given: Vec<_> = descriptors.iter().chain(&process).map(AsFd::as_fd).collect();
+        let ended = match self.start(start, &given).await {
             Ok(channel) => {
-                drop(descriptors);
+                discard(descriptors);
                 self.watch(connection, &id, channel, more).await
             }
             Err(error) => Ok(not_started(format!("the launcher: {error}"))),
@@ -266,11 +288,16 @@ impl Core {
                 connection.reply(Ran { sandbox: id, report: Some(report) }, false).await
             }
             FromSupervisor::Denied { denial } => self.deny(connection, asker.peer, "Run", denial).await,
-            FromSupervisor::NotStarted { message, report } => {
-                let parameters = json!({ "message": message, "report": report });
-                connection.error(format!("{INTERFACE}.NotStarted"), parameters).await
-            }
+            ended => self.not_started(connection, ended).await,
         }
+    }
+
+    async fn not_started(&self, connection: &Connection, ended: FromSupervisor) -> Result<(), End> {
+        let FromSupervisor::NotStarted { message, report } = ended else {
+            return Err(End::Failed);
+        };
+        let parameters = json!({ "message": message, "report": report });
+        connection.error(format!("{INTERFACE}.NotStarted"), parameters).await
     }
 
     /// Waits for the end of a sandbox; a caller that goes away ends it. With `more` the caller is told of its beginning.
@@ -315,15 +342,10 @@ impl Core {
         Ok(sandbox)
     }
 
-    async fn start(
-        &self,
-        start: Start,
-        descriptors: &[OwnedFd],
-        process: Option<&OwnedFd>,
-    ) -> io::Result<OwnedFd> {
+    /// Has the launcher start it; the core's end of its channel.
+    async fn start(&self, start: Start, given: &[BorrowedFd<'_>]) -> io::Result<OwnedFd> {
         let (ours, theirs) = channel()?;
-        let mut all = vec![ours.as_fd(), theirs.as_fd()];
-        all.extend(descriptors.iter().chain(process).map(AsFd::as_fd));
+        let all = [&[ours.as_fd(), theirs.as_fd()], given].concat();
         self.tell(&ToLauncher::Start(Box::new(start)), &all).await?;
         Ok(ours)
     }
@@ -340,6 +362,7 @@ impl Core {
             FromSupervisor::NotStarted { message, .. } => {
                 json!({ "kind": "not_started", "message": bounded(message) })
             }
+            FromSupervisor::Ready | FromSupervisor::Executed { .. } => Value::Null,
         };
         self.audit.record(json!({ "kind": "end", "sandbox": id, "outcome": outcome })).await;
         self.table().sandboxes.remove(id);
@@ -363,8 +386,7 @@ impl Core {
         }
         let what = if matches!(message, ToLauncher::End { .. }) { "kill" } else { "signal" };
         if !self.audit.record(json!({ "kind": what, "sandbox": id, "uid": peer.uid })).await {
-            let denial = Denial::new(Code::Audit, "the act cannot be recorded, so it is not done");
-            return self.deny(connection, asker.peer, what, denial).await;
+            return self.deny(connection, asker.peer, what, Denial::not_recorded()).await;
         }
         self.tell(&message, &[]).await.map_err(|_| End::Failed)?;
         connection.reply(json!({}), false).await
@@ -386,44 +408,47 @@ impl Core {
 
 /// Whether `run` may be asked for by who has `rights`. What the policy itself allows is decided where it is planned.
 fn decide(run: &Run, rights: &Rights, descriptors: &[OwnedFd]) -> Result<(), Denial> {
-    let not_granted = || {
-        let message =
-            format!("policy {:?} is not yours to use; the administrator grants it", bounded(&run.policy));
-        Denial::new(Code::PolicyNotGranted, message)
-    };
-    let policy = run.policy.parse().map_err(|_| not_granted())?;
-    if !rights.may_use(&policy) {
-        return Err(not_granted());
-    }
-    let named: Vec<usize> = run
-        .streams
-        .iter()
-        .flatten()
-        .copied()
-        .chain(run.workspace.iter().map(|workspace| workspace.descriptor))
-        .collect();
-    let distinct = named.iter().enumerate().all(|(at, number)| !named[..at].contains(number));
-    if !distinct
-        || named.len() != descriptors.len()
-        || named.iter().any(|number| *number >= descriptors.len())
-    {
-        let message = "each descriptor of the message is named once, and none that is not there";
-        return Err(Denial::new(Code::Descriptor, message));
-    }
-    for number in run.streams.iter().flatten() {
-        if !is_pipe(&descriptors[*number]) {
-            let message = format!("descriptor {number} is no pipe; only pipes go in, or null");
-            return Err(Denial::new(Code::Descriptor, message));
-        }
-    }
-    Ok(())
+    may_use(&run.policy, rights)?;
+    let workspace = run.workspace.iter().map(|workspace| workspace.descriptor);
+    let named: Vec<usize> = run.streams.iter().flatten().copied().chain(workspace).collect();
+    all_named(&named, descriptors)?;
+    all_pipes(&run.streams, descriptors)
 }
 
-/// By the name that the kernel gives it: asking the file itself could wait for whoever serves its filesystem.
-fn is_pipe(descriptor: &OwnedFd) -> bool {
+fn may_use(policy: &str, rights: &Rights) -> Result<(), Denial> {
+    if policy.parse().is_ok_and(|policy| rights.may_use(&policy)) {
+        return Ok(());
+    }
+    let message = format!("policy {:?} is not yours to use; the administrator grants it", bounded(policy));
+    Err(Denial::new(Code::PolicyNotGranted, message))
+}
+
+fn all_named(named: &[usize], descriptors: &[OwnedFd]) -> Result<(), Denial> {
+    let distinct = named.iter().enumerate().all(|(at, number)| !named[..at].contains(number));
+    if distinct && named.len() == descriptors.len() && named.iter().all(|number| *number < descriptors.len())
+    {
+        return Ok(());
+    }
+    let message = "each descriptor of the message is named once, and none that is not there";
+    Err(Denial::new(Code::Descriptor, message))
+}
+
+fn all_pipes(streams: &[Option<usize>; 3], descriptors: &[OwnedFd]) -> Result<(), Denial> {
+    match streams.iter().flatten().find(|number| !name_of(&descriptors[**number]).starts_with("pipe:[")) {
+        None => Ok(()),
+        Some(number) => {
+            let message = format!("descriptor {number} is no pipe; only pipes go in, or null");
+            Err(Denial::new(Code::Descriptor, message))
+        }
+    }
+}
+
+/// What the kernel calls an open file, `pipe:[N]` or `socket:[N]` for what has no path. Asking the file itself could wait for
+/// whoever serves its filesystem.
+fn name_of(descriptor: &OwnedFd) -> String {
     use std::os::fd::AsRawFd;
     let name = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd()));
-    name.is_ok_and(|name| name.as_os_str().as_encoded_bytes().starts_with(b"pipe:["))
+    name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 /// A channel of packets, to be waited for. tokio has no type of its own for them; it only waits, and never reads or writes.

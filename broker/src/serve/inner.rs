@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::config::{Config, Peer};
-use crate::protocol::{Denial, Run, Sandbox};
+use crate::protocol::{Denial, Run, Sandbox, Variable};
 
 /// The longest packet; what a peer may send is cut to fit long before.
 pub const PACKET_BYTES_MAX: usize = 160 << 10;
@@ -27,15 +27,21 @@ const DESCRIPTORS_MAX: usize = 8;
 pub enum ToCore {
     /// First of all: the configuration, with the listening socket.
     Setup(Config),
-    /// A sandbox that lives already, with the core's end of its channel.
-    Living(Sandbox),
+    /// A sandbox that lives already, with the core's end of its channel and, where it has a handle, of that.
+    Living {
+        /// As it is listed.
+        sandbox: Sandbox,
+        /// The kernel's name for the other end of its handle.
+        handle: Option<String>,
+    },
 }
 
 /// From the core to the launcher.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToLauncher {
-    /// Start a sandbox. Descriptors: the core's end of its channel, the supervisor's, then those of the request.
+    /// Start a sandbox. Descriptors: the core's end of its channel, the supervisor's, the core's end of its handle where it
+    /// lives, then those of the request.
     Start(Box<Start>),
     /// A signal for its command.
     Signal {
@@ -63,8 +69,10 @@ pub struct Start {
     pub sandbox: Sandbox,
     /// Who asked.
     pub peer: PeerIds,
-    /// What was asked for; positions count from the descriptors after the channel's two.
+    /// What was asked for; positions count from the request's first descriptor.
     pub run: Run,
+    /// It waits for commands, that of `run` is none: the kernel's name for the end of its handle that the caller gets.
+    pub handle: Option<String>,
     /// The position of the caller's pidfd, where the kernel gives one.
     pub process: Option<usize>,
 }
@@ -84,21 +92,49 @@ impl From<Peer> for PeerIds {
     }
 }
 
-/// From a supervisor to the core, once.
+/// From the core to the supervisor of a sandbox that lives.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToSupervisor {
+    /// Run a command in it. The descriptors are its streams.
+    Execute {
+        /// The core's name for it.
+        number: u32,
+        /// The command and its arguments.
+        command: Vec<String>,
+        /// Variables.
+        environment: Vec<Variable>,
+        /// The caller's `$PATH`.
+        path: String,
+        /// Which of the standard streams are given.
+        streams: [bool; 3],
+    },
+}
+
+/// From a supervisor to the core.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromSupervisor {
-    /// It ran, and nothing of it is left.
+    /// The sandbox waits for commands.
+    Ready,
+    /// A command in it has ended, or could not be begun.
+    Executed {
+        /// The core's name for it.
+        number: u32,
+        /// How.
+        outcome: Value,
+    },
+    /// It ran, and nothing of it is left. The last word.
     Ended {
         /// The report.
         report: Value,
     },
-    /// It was not allowed after all.
+    /// It was not allowed after all. The last word.
     Denied {
         /// Why.
         denial: Denial,
     },
-    /// This host could not.
+    /// This host could not. The last word.
     NotStarted {
         /// In words.
         message: String,

@@ -28,8 +28,9 @@ const END: Signal = Signal::ALARM;
 /// A sandbox that lives, or whose end the core has not recorded yet.
 struct Living {
     sandbox: Sandbox,
-    /// The core's end of its channel, for a core that comes after this one.
-    channel: OwnedFd,
+    handle: Option<String>,
+    /// The core's end of its channel, and of its handle, for a core that comes after this one.
+    channels: Vec<OwnedFd>,
     /// Nothing once it was reaped.
     supervisor: Option<OwnedFd>,
 }
@@ -122,12 +123,9 @@ impl Launcher {
             .spawn()?;
         send(&ours, &ToCore::Setup(self.config.clone()), &[self.listener.as_fd()], SendFlags::empty())?;
         for living in self.living.values() {
-            send(
-                &ours,
-                &ToCore::Living(living.sandbox.clone()),
-                &[living.channel.as_fd()],
-                SendFlags::empty(),
-            )?;
+            let channels: Vec<_> = living.channels.iter().map(AsFd::as_fd).collect();
+            let (sandbox, handle) = (living.sandbox.clone(), living.handle.clone());
+            send(&ours, &ToCore::Living { sandbox, handle }, &channels, SendFlags::empty())?;
         }
         Ok(Core { process, channel: ours })
     }
@@ -207,13 +205,14 @@ impl Launcher {
         let (Some(cores), Some(supervisors)) = (descriptors.next(), descriptors.next()) else {
             return Ok(());
         };
-        let given: Vec<OwnedFd> = descriptors.collect();
-        let sandbox = start.sandbox.clone();
-        let supervisor = sandbox::fork_supervisor(given, supervisors, |given, channel| {
+        let cores_handle = if start.handle.is_some() { descriptors.next() } else { None };
+        let (sandbox, handle) = (start.sandbox.clone(), start.handle.clone());
+        let supervisor = sandbox::fork_supervisor(descriptors.collect(), supervisors, |given, channel| {
             supervisor::live(start, given, &channel);
         })?;
+        let channels = std::iter::once(cores).chain(cores_handle).collect();
         self.living
-            .insert(sandbox.id.clone(), Living { sandbox, channel: cores, supervisor: Some(supervisor) });
+            .insert(sandbox.id.clone(), Living { sandbox, handle, channels, supervisor: Some(supervisor) });
         Ok(())
     }
 

@@ -19,7 +19,7 @@ pub struct Setting<'a> {
     /// It may run on these processors, wherever init itself may.
     pub processors: Option<CpuSet>,
     /// What becomes its standard streams; init's own where there is nothing.
-    pub streams: Option<[BorrowedFd<'a>; 3]>,
+    pub streams: [Option<BorrowedFd<'a>>; 3],
 }
 
 struct Request<'a> {
@@ -85,11 +85,11 @@ extern "C" fn child(request: *mut libc::c_void) -> libc::c_int {
     unsafe {
         libc::setsid();
         // The copies on 0, 1 and 2 survive execve(2), the originals do not.
-        let streams = request.setting.streams.iter().flatten().zip(0..);
-        let failed =
-            streams.map(|(stream, number)| libc::dup2(stream.as_raw_fd(), number)).any(|made| made < 0)
-                || libc::chdir(request.directory.as_ptr()) != 0
-                || request.setting.controlling_terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) != 0;
+        let mut streams = (0..).zip(&request.setting.streams);
+        let failed = streams.any(|(number, stream)| {
+            stream.as_ref().is_some_and(|stream| libc::dup2(stream.as_raw_fd(), number) < 0)
+        }) || libc::chdir(request.directory.as_ptr()) != 0
+            || request.setting.controlling_terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) != 0;
         if failed {
             request.errno.store(*libc::__errno_location(), Ordering::Relaxed);
             libc::_exit(127);

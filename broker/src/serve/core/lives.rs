@@ -1,0 +1,311 @@
+//! Sandboxes that live: made by `Provision`, used by `Execute` by whoever holds the handle, ended with its last copy.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::net::{RecvFlags, SendFlags};
+use serde_json::{Value, json};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+
+use super::{Asker, Core, all_named, all_pipes, may_use, name_of, not_started, packets};
+use crate::connection::{Connection, End, discard};
+use crate::protocol::{Code, Denial, Execute, Executed, INTERFACE, Progress, Provision, Provisioned, Run};
+use crate::serve::audit::{self, bounded};
+use crate::serve::inner::{FromSupervisor, Start, ToLauncher, ToSupervisor, channel, receive, send};
+
+/// The longest name of an effect, in bytes, and how many a sandbox remembers.
+const EFFECT_BYTES_MAX: usize = 128;
+const EFFECTS_MAX: usize = 100_000;
+/// What proves that a descriptor is the other end of a handle.
+const NONCE_BYTES: usize = 32;
+
+/// A sandbox that waits for commands.
+pub struct Live {
+    id: String,
+    channel: UnixStream,
+    /// Our end of the handle; the others are the callers'.
+    handle: UnixStream,
+    effects: Mutex<BTreeMap<String, Effect>>,
+    /// One who proves holding it at a time.
+    proof: Mutex<()>,
+}
+
+/// What was asked for under one name.
+struct Effect {
+    number: u32,
+    /// The outcome, once there is one.
+    outcome: watch::Sender<Option<Value>>,
+}
+
+impl Live {
+    /// Whether `descriptor` is a copy of the callers' end of the handle: what is sent into our end comes out of it.
+    fn is_other_end(&self, descriptor: &OwnedFd) -> bool {
+        let _one = self.proof.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut nonce = [0; NONCE_BYTES];
+        let mut heard = [0; NONCE_BYTES];
+        let random = rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty());
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        random == Ok(NONCE_BYTES)
+            && rustix::net::send(&self.handle, &nonce, flags) == Ok(NONCE_BYTES)
+            && rustix::net::recv(descriptor, &mut heard[..], RecvFlags::DONTWAIT)
+                .is_ok_and(|(length, _)| length == NONCE_BYTES)
+            && heard == nonce
+    }
+
+    /// The number of the effect, and what there is of an outcome; and whether it is new.
+    fn effect(&self, name: &str) -> Result<(u32, watch::Receiver<Option<Value>>, bool), Denial> {
+        let mut effects = self.effects.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(effect) = effects.get(name) {
+            return Ok((effect.number, effect.outcome.subscribe(), false));
+        }
+        if effects.len() >= EFFECTS_MAX {
+            return Err(Denial::new(
+                Code::TooMany,
+                format!("{EFFECTS_MAX} commands were run in this sandbox already"),
+            ));
+        }
+        let number = effects.values().map(|effect| effect.number).max().unwrap_or(0) + 1;
+        let (outcome, heard) = watch::channel(None);
+        effects.insert(name.to_owned(), Effect { number, outcome });
+        Ok((number, heard, true))
+    }
+
+    fn forget(&self, name: &str) {
+        self.effects.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+    }
+
+    /// Notes how a command ended; the effect's name.
+    fn ended(&self, number: u32, outcome: &Value) -> Option<String> {
+        let effects = self.effects.lock().unwrap_or_else(PoisonError::into_inner);
+        let (name, effect) = effects.iter().find(|(_, effect)| effect.number == number)?;
+        effect.outcome.send_replace(Some(outcome.clone()));
+        Some(name.clone())
+    }
+
+    async fn tell(&self, message: &ToSupervisor, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let send = || send(&self.channel, message, descriptors, SendFlags::DONTWAIT);
+        self.channel.async_io(Interest::WRITABLE, send).await
+    }
+
+    async fn hear(&self) -> FromSupervisor {
+        let heard = || receive::<FromSupervisor>(&self.channel, RecvFlags::DONTWAIT);
+        match self.channel.async_io(Interest::READABLE, heard).await {
+            Ok(Some((said, _))) => said,
+            Ok(None) => not_started("its supervisor was ended".to_owned()),
+            Err(error) => not_started(format!("its supervisor: {error}")),
+        }
+    }
+
+    /// Returns when the last copy of the handle is closed, or somebody writes into it, which nobody has to.
+    async fn let_go(&self) {
+        let read =
+            || rustix::net::recv(&self.handle, &mut [0; 1][..], RecvFlags::DONTWAIT).map_err(io::Error::from);
+        let _ = self.handle.async_io(Interest::READABLE, read).await;
+    }
+}
+
+impl Core {
+    /// Makes a sandbox that lives, and hands its handle over.
+    pub(super) async fn provision(
+        self: &Arc<Self>,
+        connection: &mut Connection,
+        asker: &Asker,
+        wish: Provision,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), End> {
+        let Provision { policy, environment, path, workspace, limits } = wish;
+        let named: Vec<usize> = workspace.iter().map(|workspace| workspace.descriptor).collect();
+        // A sandbox that waits has no command; what stands here is never run.
+        let command = vec!["(none)".to_owned()];
+        let run = Run { policy, command, environment, path, streams: [None; 3], workspace, limits };
+        let allowed = may_use(&run.policy, &asker.rights)
+            .and_then(|()| all_named(&named, &descriptors))
+            .and_then(|()| self.book(&run, asker.peer));
+        let sandbox = match allowed {
+            Ok(sandbox) => sandbox,
+            Err(denial) => return self.deny(connection, asker.peer, "Provision", denial).await,
+        };
+        let id = sandbox.id.clone();
+        let event =
+            json!({ "kind": "provision", "sandbox": id, "uid": asker.peer.uid, "policy": run.policy });
+        if !self.audit.record(event).await {
+            self.table().sandboxes.remove(&id);
+            return self.deny(connection, asker.peer, "Provision", Denial::not_recorded()).await;
+        }
+        let process = run.workspace.as_ref().and_then(|_| connection.process());
+        let (ours, theirs) = channel().map_err(|_| End::Failed)?;
+        let name = name_of(&theirs);
+        let start = Start {
+            sandbox,
+            peer: asker.peer.into(),
+            run,
+            handle: Some(name.clone()),
+            process: process.as_ref().map(|_| descriptors.len()),
+        };
+        let given: Vec<_> =
+            [&ours].into_iter().chain(&descriptors).chain(&process).map(AsFd::as_fd).collect();
+        let started =
+            self.start(start, &given).await.and_then(|channel| Ok((packets(channel)?, packets(ours)?)));
+        discard(descriptors);
+        let (channel, handle) = match started {
+            Ok(started) => started,
+            Err(error) => {
+                let ended = not_started(format!("the launcher: {error}"));
+                self.finish(&id, &ended).await;
+                return self.not_started(connection, ended).await;
+            }
+        };
+        let live = Arc::new(Live::new(id.clone(), channel, handle, BTreeMap::new()));
+        match live.hear().await {
+            FromSupervisor::Ready => {}
+            FromSupervisor::Denied { denial } => {
+                self.finish(&id, &FromSupervisor::Denied { denial: denial.clone() }).await;
+                return self.deny(connection, asker.peer, "Provision", denial).await;
+            }
+            ended => {
+                self.finish(&id, &ended).await;
+                return self.not_started(connection, ended).await;
+            }
+        }
+        self.keep(name, live);
+        // If it cannot be handed over, its last copy closes here, and the sandbox ends.
+        connection.hand_over(Provisioned { sandbox: id, handle: 0 }, theirs).await
+    }
+
+    /// Takes over a sandbox that an earlier core has made, with what the record knows of its commands.
+    pub(super) fn adopt(self: &Arc<Self>, id: String, name: String, channel: UnixStream, handle: UnixStream) {
+        let effects = audit::effects(&self.config.server.state, &id);
+        let effects = effects
+            .into_iter()
+            .map(|(name, (number, outcome))| (name, Effect { number, outcome: watch::channel(outcome).0 }));
+        self.keep(name, Arc::new(Live::new(id, channel, handle, effects.collect())));
+    }
+
+    /// Notes how commands end, and ends the sandbox with the last copy of its handle.
+    fn keep(self: &Arc<Self>, name: String, live: Arc<Live>) {
+        self.table().lives.insert(name.clone(), Arc::clone(&live));
+        let core = Arc::clone(self);
+        tokio::spawn(async move {
+            let mut held = true;
+            let ended = loop {
+                let said = tokio::select! {
+                    said = live.hear() => said,
+                    () = live.let_go(), if held => {
+                        held = false;
+                        core.table().lives.remove(&name);
+                        let _ = core.tell(&ToLauncher::End { id: live.id.clone() }, &[]).await;
+                        continue;
+                    }
+                };
+                match said {
+                    FromSupervisor::Executed { number, outcome } => {
+                        let effect = live.ended(number, &outcome);
+                        let event = json!({ "kind": "executed", "sandbox": live.id, "effect": effect, "outcome": outcome });
+                        core.audit.record(event).await;
+                    }
+                    FromSupervisor::Ready => {}
+                    ended => break ended,
+                }
+            };
+            core.table().lives.remove(&name);
+            live.effects.lock().unwrap_or_else(PoisonError::into_inner).clear();
+            core.finish(&live.id, &ended).await;
+        });
+    }
+
+    /// Runs a command in the sandbox whose handle was presented.
+    pub(super) async fn execute(
+        &self,
+        connection: &mut Connection,
+        asker: &Asker,
+        wish: Execute,
+        descriptors: Vec<OwnedFd>,
+        more: bool,
+    ) -> Result<(), End> {
+        let Execute { handle, effect, command, environment, path, streams } = wish;
+        let named: Vec<usize> = streams.iter().flatten().copied().chain([handle]).collect();
+        let allowed =
+            all_named(&named, &descriptors).and_then(|()| all_pipes(&streams, &descriptors)).and_then(|()| {
+                if (1..=EFFECT_BYTES_MAX).contains(&effect.len()) {
+                    return Ok(());
+                }
+                Err(Denial::new(
+                    Code::NotNarrower,
+                    format!("an effect's name has 1 to {EFFECT_BYTES_MAX} bytes"),
+                ))
+            });
+        if let Err(denial) = allowed {
+            return self.deny(connection, asker.peer, "Execute", denial).await;
+        }
+        let live = self.table().lives.get(&name_of(&descriptors[handle])).cloned();
+        let Some(live) = live.filter(|live| live.is_other_end(&descriptors[handle])) else {
+            discard(descriptors);
+            return connection.error(format!("{INTERFACE}.NoSuchHandle"), json!({})).await;
+        };
+        let (number, heard, is_new) = match live.effect(&effect) {
+            Ok(found) => found,
+            Err(denial) => return self.deny(connection, asker.peer, "Execute", denial).await,
+        };
+        if !is_new {
+            discard(descriptors);
+            let outcome = heard.borrow().clone();
+            let state = if outcome.is_some() { Progress::Finished } else { Progress::Running };
+            return connection.reply(Executed { sandbox: live.id.clone(), state, outcome }, false).await;
+        }
+        let words: Vec<&str> = command.iter().map(|word| bounded(word)).take(64).collect();
+        let event = json!({
+            "kind": "execute", "sandbox": live.id, "effect": effect, "number": number, "uid": asker.peer.uid, "command": words,
+        });
+        if !self.audit.record(event).await {
+            live.forget(&effect);
+            return self.deny(connection, asker.peer, "Execute", Denial::not_recorded()).await;
+        }
+        let given: Vec<_> = streams.iter().flatten().map(|number| descriptors[*number].as_fd()).collect();
+        let order = ToSupervisor::Execute {
+            number,
+            command,
+            environment,
+            path,
+            streams: streams.map(|stream| stream.is_some()),
+        };
+        let told = live.tell(&order, &given).await;
+        discard(descriptors);
+        told.map_err(|_| End::Failed)?;
+        self.wait(connection, &live, heard, more).await
+    }
+
+    /// Until the command has ended. It goes on when its caller goes away: whoever asks again under its name finds it.
+    async fn wait(
+        &self,
+        connection: &mut Connection,
+        live: &Live,
+        mut heard: watch::Receiver<Option<Value>>,
+        more: bool,
+    ) -> Result<(), End> {
+        let sandbox = live.id.clone();
+        if more {
+            let begun = Executed { sandbox: sandbox.clone(), state: Progress::Started, outcome: None };
+            connection.reply(begun, true).await?;
+        }
+        let ended = tokio::select! {
+            ended = heard.wait_for(Option::is_some) => ended.map(|outcome| outcome.clone()).ok(),
+            end = connection.gone() => return Err(end),
+        };
+        match ended {
+            Some(outcome) => {
+                connection.reply(Executed { sandbox, state: Progress::Finished, outcome }, false).await
+            }
+            None => self.not_started(connection, not_started("the sandbox ended".to_owned())).await,
+        }
+    }
+}
+
+impl Live {
+    fn new(id: String, channel: UnixStream, handle: UnixStream, effects: BTreeMap<String, Effect>) -> Live {
+        Live { id, channel, handle, effects: Mutex::new(effects), proof: Mutex::new(()) }
+    }
+}
