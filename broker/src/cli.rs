@@ -7,6 +7,8 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use sandbox::{ByteSize, Count, Cpus, EnvName, Span, WorkspaceMode, WorkspaceWish};
 
+use crate::say::{self, complain};
+
 /// Runs tools confined: a sandbox for each run, and no credential inside.
 #[derive(Debug, Parser)]
 #[command(
@@ -245,7 +247,7 @@ pub fn parse() -> Command {
         Err(error)
             if error.use_stderr() && error.kind() != ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
         {
-            eprintln!("broker: {}", in_one_line(&error));
+            complain!("{}", in_one_line(&error));
             std::process::exit(125)
         }
         Err(help) => {
@@ -266,20 +268,26 @@ fn in_one_line(error: &clap::Error) -> String {
         .split("\nFor more information")
         .next()
         .unwrap_or(&text);
-    let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
-    let said = said.strip_prefix("error: ").unwrap_or(&said);
+    // A second tip is how to pass it to the command all the same, which nobody means.
+    let mut parts = said.split("tip: ");
+    let words = |part: &str| part.split_whitespace().collect::<Vec<_>>().join(" ");
+    let what = words(parts.next().unwrap_or_default());
+    let what = what.strip_prefix("error: ").unwrap_or(&what).to_owned();
+    let tip = parts.next().map(words).filter(|tip| !tip.starts_with("to pass"));
+    let mut arguments = std::env::args_os().skip(1);
+    let is_exec = arguments.next().is_some_and(|command| command == "exec");
     let stray =
-        error.kind() == ErrorKind::UnknownArgument && !std::env::args_os().any(|argument| argument == "--");
-    let mend = if stray { "the command comes after `--`; " } else { "" };
-    format!("{said}; {mend}`--help` shows what there is")
+        error.kind() == ErrorKind::UnknownArgument && is_exec && !arguments.any(|argument| argument == "--");
+    let stray = stray.then(|| "the command comes after `--`".to_owned());
+    let help = "`--help` shows what there is".to_owned();
+    [Some(what), tip, stray, Some(help)].into_iter().flatten().collect::<Vec<_>>().join("; ")
 }
 
 /// Prints completions for `shell`.
-pub fn completions(shell: clap_complete::Shell) {
+pub fn completions(shell: clap_complete::Shell) -> Result<(), String> {
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "broker", &mut text);
-    // A reader that has seen enough is no error.
-    let _ = std::io::Write::write_all(&mut std::io::stdout(), &text);
+    say::print(&String::from_utf8_lossy(&text))
 }
 
 /// Writes a page for each command into `directory`.

@@ -5,6 +5,8 @@ use std::process::{Command, ExitCode, Stdio};
 use sandbox::{Caller, Cgroups, Controller, Host, LANDLOCK_ABI_TESTED, Policy, Presets};
 use serde::Serialize;
 
+use crate::say::{self, complain};
+
 /// One finding.
 #[derive(Serialize)]
 struct Finding {
@@ -23,19 +25,22 @@ pub fn run(json: bool) -> ExitCode {
     let findings = match Policy::named("default", &Presets) {
         Ok(policy) => examine(&policy),
         Err(error) => {
-            eprintln!("broker: {error}");
+            complain!("{error}");
             return ExitCode::FAILURE;
         }
     };
-    if json {
-        println!("{}", serde_json::to_string_pretty(&findings).unwrap_or_default());
+    let text = if json {
+        serde_json::to_string_pretty(&findings).unwrap_or_default() + "\n"
     } else {
-        for Finding { what, good, found, mend } in &findings {
-            println!("{} {what}: {found}", if *good { "ok     " } else { "missing" });
-            if let Some(mend) = mend {
-                println!("        {mend}");
-            }
-        }
+        let line = |Finding { what, good, found, mend }: &Finding| {
+            let mend = mend.map(|mend| format!("        {mend}\n")).unwrap_or_default();
+            format!("{} {what}: {found}\n{mend}", if *good { "ok     " } else { "missing" })
+        };
+        findings.iter().map(line).collect()
+    };
+    if let Err(error) = say::print(&text) {
+        complain!("{error}");
+        return ExitCode::FAILURE;
     }
     if findings.iter().all(|finding| finding.good) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -9,6 +9,7 @@ use crate::cli::{EnvArgument, ExecArguments};
 use crate::client::{Client, ClientError};
 use crate::library::Policies;
 use crate::report_file::ReportFile;
+use crate::say::complain;
 use crate::serve::SOCKET;
 use crate::through_daemon;
 
@@ -47,7 +48,7 @@ pub fn run(arguments: ExecArguments) -> ExitCode {
             if report.denials.output_errno.is_some() { CANNOT } else { report.outcome.exit_status() }
         }
         Err(error) => {
-            eprintln!("broker: {error}");
+            complain!("{error}");
             CANNOT
         }
     };
@@ -104,7 +105,7 @@ fn through(
             (report, status)
         }
         Err(error) => {
-            eprintln!("broker: {error}");
+            complain!("{error}");
             let ClientError::Refused { parameters, .. } = error else { return ExitCode::from(CANNOT) };
             let outcome = serde_json::json!({ "kind": "setup_failed", "step": "daemon", "message": parameters["message"] });
             (serde_json::json!({ "outcome": outcome }), CANNOT)
@@ -164,16 +165,18 @@ fn wishes(arguments: ExecArguments, policy: &Policy) -> Result<Wishes, String> {
 /// What an exit status alone does not say.
 fn explain(outcome: &Outcome, command: &str) {
     match outcome {
-        Outcome::TimedOut => eprintln!("broker: the time limit was reached"),
-        Outcome::Oom => eprintln!("broker: the memory limit was reached"),
+        Outcome::TimedOut => complain!("the time limit was reached (`--timeout`, or the policy's `timeout`)"),
+        Outcome::Oom => complain!("the memory limit was reached (`--memory`, or the policy's `memory`)"),
         Outcome::NotFound => {
-            eprintln!(
-                "broker: {command}: command not found; `broker policy explain` shows what can be seen inside"
+            complain!(
+                "{command}: command not found, or the interpreter that its first line names; `broker policy explain` shows what can be seen inside"
             );
         }
         Outcome::NotExecutable { errno } => {
             let why = std::io::Error::from_raw_os_error(*errno);
-            eprintln!("broker: {command}: cannot be executed: {why}");
+            complain!(
+                "{command}: cannot be executed: {why}; it has to be a program, or a script with `#!`, that the caller may execute"
+            );
         }
         _ => {}
     }
@@ -182,13 +185,10 @@ fn explain(outcome: &Outcome, command: &str) {
 /// What became of the output.
 fn explain_output(report: &Report) {
     if let Some(errno) = report.denials.output_errno {
-        eprintln!("broker: output was lost: {}", std::io::Error::from_raw_os_error(errno));
+        complain!("output was lost: {}", std::io::Error::from_raw_os_error(errno));
     }
     if report.denials.output_bytes > 0 {
-        eprintln!(
-            "broker: output was cut; {} bytes over the policy's limit are lost",
-            report.denials.output_bytes
-        );
+        complain!("output was cut; {} bytes over the policy's limit are lost", report.denials.output_bytes);
     }
 }
 
@@ -205,10 +205,13 @@ fn report_text(ran: &Result<Report, LaunchError>, policy: &Policy, plan: &Plan) 
 }
 
 fn cannot_report(path: Option<&Path>, error: &std::io::Error) -> ExitCode {
-    refuse(&format!("cannot write the report {}: {error}", path.unwrap_or(Path::new("-")).display()))
+    refuse(&format!(
+        "cannot write the report {}: {error}; name a file in a directory that is there and not reached by a symbolic link",
+        path.unwrap_or(Path::new("-")).display()
+    ))
 }
 
 fn refuse(message: &str) -> ExitCode {
-    eprintln!("broker: {message}");
+    complain!("{message}");
     ExitCode::from(CANNOT)
 }

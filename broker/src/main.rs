@@ -10,11 +10,14 @@ mod operate;
 mod policy;
 mod protocol;
 mod report_file;
+mod say;
 mod serve;
 mod through_daemon;
 mod wire;
 
 use std::process::ExitCode;
+
+use crate::say::complain;
 
 fn main() -> ExitCode {
     match cli::parse() {
@@ -28,14 +31,17 @@ fn main() -> ExitCode {
         cli::Command::Audit(cli::AuditCommand::Show { state }) => serve::audit_show(&state),
         cli::Command::Audit(cli::AuditCommand::Verify { state }) => serve::audit_verify(&state),
         cli::Command::Doctor { json } => doctor::run(json),
-        cli::Command::Completions { shell } => {
-            cli::completions(shell);
-            ExitCode::SUCCESS
-        }
+        cli::Command::Completions { shell } => match cli::completions(shell) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                complain!("{error}");
+                ExitCode::FAILURE
+            }
+        },
         cli::Command::Man { directory } => match cli::man_pages(&directory) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                eprintln!("broker: cannot write man pages into {}: {error}", directory.display());
+                complain!("cannot write man pages into {}: {error}", directory.display());
                 ExitCode::FAILURE
             }
         },

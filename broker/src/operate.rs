@@ -1,6 +1,5 @@
 //! `broker ps`, `inspect`, `kill`: what lives in the daemon.
 
-use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -8,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::client::{Client, ClientError};
 use crate::protocol::{Named, Sandbox, Sandboxes};
+use crate::say::{self, complain};
 
 fn connect(socket: &Path) -> Result<Client, String> {
     Client::connect(socket)
@@ -23,14 +23,10 @@ fn call<T: serde::de::DeserializeOwned>(
 }
 
 fn exit(done: Result<String, String>) -> ExitCode {
-    match done {
-        Ok(text) => {
-            // A reader that has seen enough is no error.
-            let _ = std::io::stdout().write_all(text.as_bytes());
-            ExitCode::SUCCESS
-        }
+    match done.and_then(|text| say::print(&text)) {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("broker: {error}");
+            complain!("{error}");
             ExitCode::FAILURE
         }
     }

@@ -1,13 +1,13 @@
 //! `broker policy`: what policies there are, and what they come to.
 
 use std::ffi::OsString;
-use std::io::Write;
 use std::process::ExitCode;
 
-use sandbox::{Caller, Host, Job, Library, Plan, Policy, Stream, Wishes};
+use sandbox::{Caller, Host, Job, Library, Plan, PlanError, Policy, Stream, Wishes};
 
 use crate::cli::{PolicyCommand, WorkspaceArgument};
 use crate::library::Policies;
+use crate::say::{self, complain};
 
 /// Runs the sub-command.
 pub fn run(command: PolicyCommand) -> ExitCode {
@@ -24,7 +24,7 @@ pub fn run(command: PolicyCommand) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
-            eprintln!("broker: {message}");
+            complain!("{message}");
             ExitCode::FAILURE
         }
     }
@@ -36,13 +36,7 @@ fn load(policies: &Policies, name: &str) -> Result<Policy, String> {
 
 fn print(value: &impl serde::Serialize) -> Result<(), String> {
     let text = serde_json::to_string_pretty(value).map_err(|error| error.to_string())?;
-    say(&format!("{text}\n"));
-    Ok(())
-}
-
-/// A reader that has seen enough is no error.
-fn say(text: &str) {
-    let _ = std::io::stdout().write_all(text.as_bytes());
+    say::print(&format!("{text}\n"))
 }
 
 fn list(policies: &Policies, json: bool) -> Result<(), String> {
@@ -58,20 +52,36 @@ fn list(policies: &Policies, json: bool) -> Result<(), String> {
         let row = |(origin, name, description): &(String, String, String)| serde_json::json!({"name": name, "origin": origin, "description": description});
         return print(&rows.iter().map(row).collect::<Vec<_>>());
     }
-    for (origin, name, description) in rows {
-        say(&format!("{name:<12} {origin:<10} {description}\n"));
-    }
-    Ok(())
+    let line = |(origin, name, description): (String, String, String)| {
+        say::one_line(&format!("{name:<12} {origin:<10} {description}")) + "\n"
+    };
+    say::print(&rows.into_iter().map(line).collect::<String>())
 }
 
 fn check(policies: &Policies, names: &[String]) -> Result<(), String> {
-    let failed: Vec<String> = names.iter().filter_map(|name| load(policies, name).err()).collect();
-    if failed.is_empty() { Ok(()) } else { Err(failed.join("\nbroker: ")) }
+    let failed: Vec<String> = names.iter().filter_map(|name| check_one(policies, name).err()).collect();
+    let Some((last, others)) = failed.split_last() else { return Ok(()) };
+    others.iter().for_each(|error| complain!("{error}"));
+    Err(last.clone())
+}
+
+/// What no host could do is an error of the policy; what this host cannot do is not.
+fn check_one(policies: &Policies, name: &str) -> Result<(), String> {
+    let policy = load(policies, name)?;
+    let wishes = Wishes { command: vec![OsString::from("COMMAND")], ..Wishes::default() };
+    let job = Job::narrow(&policy, wishes).map_err(|error| error.to_string())?;
+    let caller = Caller::current(std::env::var_os("HOME"), std::env::var_os("PATH"));
+    let host = Host::probe(&policy, Caller { uid: 0, ..caller });
+    match Plan::make(&policy, &job, &host) {
+        Err(error @ PlanError::Reserved { .. }) => Err(format!("policy {name}: {error}")),
+        _ => Ok(()),
+    }
 }
 
 /// The plan of a run with this policy and pipes.
 fn explain(policy: &Policy, workspace: Option<WorkspaceArgument>, json: bool) -> Result<(), String> {
     let command = vec![OsString::from("COMMAND")];
+    let workspace = workspace.map(found).transpose()?;
     let wishes = Wishes { command, workspace, streams: [Stream::Pipe; 3], ..Wishes::default() };
     let job = Job::narrow(policy, wishes).map_err(|error| error.to_string())?;
     let host = Host::probe(policy, Caller::current(std::env::var_os("HOME"), std::env::var_os("PATH")));
@@ -79,6 +89,15 @@ fn explain(policy: &Policy, workspace: Option<WorkspaceArgument>, json: bool) ->
     if json {
         return print(&plan);
     }
-    say(&plan.to_string());
-    Ok(())
+    say::print(&plan.to_string())
+}
+
+/// Where the workspace really is, as the run would have to be told.
+fn found(wish: WorkspaceArgument) -> Result<WorkspaceArgument, String> {
+    let failed = |why: String| format!("the workspace {}: {why}", wish.directory.display());
+    let directory = wish.directory.canonicalize().map_err(|error| failed(error.to_string()))?;
+    if !directory.is_dir() {
+        return Err(failed("not a directory".to_owned()));
+    }
+    Ok(WorkspaceArgument { directory, ..wish })
 }

@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::client::{Client, ClientError};
 use crate::protocol::{Directory, Limits, Mode, Ran, Run, Signal, Variable};
+use crate::say::complain;
 
 /// Runs the command of `wishes` under the policy of that name, and returns the report.
 pub fn run(mut client: Client, socket: &Path, policy: &str, wishes: Wishes) -> Result<Value, ClientError> {
@@ -147,7 +148,7 @@ fn pass_signals_on(signals: SigSet, socket: std::path::PathBuf, sandbox: String)
                 client.call::<Value>("Signal", &Signal { sandbox: sandbox.clone(), signal: signal as i32 })
             });
             if let Err(error) = passed {
-                eprintln!("broker: the signal was not passed on: {error}");
+                complain!("the signal was not passed on: {error}");
             }
         }
     });

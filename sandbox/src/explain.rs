@@ -77,7 +77,7 @@ impl Plan {
         if let Some(group) = &self.cgroup {
             for (what, value) in [
                 ("memory bytes", group.memory_bytes_max),
-                ("processes and threads", group.pids_max.map(u64::from)),
+                ("processes and threads, init among them", group.pids_max.map(u64::from)),
                 ("thousandths of a processor", group.cpu_thousandths.map(u64::from)),
                 ("bytes a second of each disk", group.io.as_ref().map(|io| io.bytes_per_second)),
             ] {

@@ -102,6 +102,9 @@ fn enforcement(plan: &Plan, seccomp_instructions: usize, slot: &Slot) -> Enforce
         capabilities: "none; securebits locked; no_new_privs",
         cgroup: plan.cgroup.clone(),
         rlimits: plan.rlimits.clone(),
+        timeout_ms: plan.timeout_ms,
+        grace_ms: plan.grace_ms,
+        workspace: plan.workspace.clone(),
     }
 }
 

@@ -109,6 +109,12 @@ pub struct Enforcement {
     pub cgroup: Option<crate::plan::CgroupPlan>,
     /// Limits of each process.
     pub rlimits: Vec<(crate::plan::Rlimit, u64)>,
+    /// Milliseconds until SIGTERM.
+    pub timeout_ms: Option<u64>,
+    /// Milliseconds from SIGTERM to SIGKILL.
+    pub grace_ms: u64,
+    /// The workspace, how it was mounted, and what was protected in it.
+    pub workspace: Option<crate::plan::WorkspacePlan>,
 }
 
 /// What a run used.

@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use crate::say::complain;
+
 /// What the first record names as the one before.
 const GENESIS: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 /// The longest text that is recorded of anything that a peer chose, in bytes.
@@ -86,7 +88,7 @@ impl Writer {
                 })
             });
             if let Err(error) = &durable {
-                eprintln!("broker: the audit record cannot be written: {error}; what it was for is denied");
+                complain!("the audit record cannot be written: {error}; what it was for is denied");
             }
             for (_, done) in group {
                 let _ = done.send(durable.is_ok());

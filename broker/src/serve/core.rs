@@ -18,6 +18,7 @@ use super::config::{Accounts, Config, Peer, Rights, Verb};
 use super::inner::{FromSupervisor, Start, ToCore, ToLauncher, channel, receive, send};
 use crate::connection::{Connection, End, discard};
 use crate::protocol::{Code, DESCRIPTION, Denial, INTERFACE, Named, Ran, Run, Sandbox, Sandboxes, Signal};
+use crate::say::complain;
 use crate::wire::{self, Breach, Call};
 use lives::Live;
 
@@ -107,7 +108,7 @@ async fn accept(core: Arc<Core>, listener: UnixListener) -> io::Result<()> {
             Ok(accepted) => accepted,
             // Out of descriptors: those who wait are served when somebody goes.
             Err(error) => {
-                eprintln!("broker: accept: {error}");
+                complain!("accept: {error}");
                 tokio::time::sleep(std::time::Duration::from_millis(50)).await;
                 continue;
             }

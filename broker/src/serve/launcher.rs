@@ -18,6 +18,7 @@ use super::config::Config;
 use super::inner::{Start, ToCore, ToLauncher, channel, receive, send};
 use super::supervisor;
 use crate::protocol::Sandbox;
+use crate::say::complain;
 
 /// Until a core that has ended is started again; doubled for one that ends at once, up to the longest.
 const RESTART_PAUSE: Duration = Duration::from_millis(100);
@@ -81,7 +82,7 @@ impl Launcher {
                 return self.end_all();
             }
             pause = if started.elapsed() > RESTART_PAUSE_MAX { RESTART_PAUSE } else { pause };
-            eprintln!("broker: the core ended; it is started again in {} ms", pause.as_millis());
+            complain!("the core ended; it is started again in {} ms", pause.as_millis());
             if self.told_to_stop(pause)? {
                 return self.end_all();
             }

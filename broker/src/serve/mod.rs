@@ -17,6 +17,8 @@ use std::process::ExitCode;
 
 use nix::unistd::{Gid, Uid, chown, setgroups, setresgid, setresuid};
 
+use crate::say::complain;
+
 pub use config::{Config, PATH, SOCKET, STATE};
 
 /// The core's uid and gid: above the slots and their relays, so nobody else's either.
@@ -29,7 +31,7 @@ pub fn serve(config: Option<&Path>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("broker: {error}");
+            complain!("{error}");
             ExitCode::FAILURE
         }
     }
@@ -51,7 +53,7 @@ fn launch(config: Config) -> io::Result<()> {
     let socket = config.server.socket.clone();
     let listener = named(&socket, listen(&socket))?;
     let mut launcher = launcher::Launcher::new(config, listener)?;
-    eprintln!("broker: listening on {}", socket.display());
+    complain!("listening on {}", socket.display());
     let ended = launcher.run();
     let _ = std::fs::remove_file(&socket);
     ended
@@ -90,7 +92,7 @@ pub fn role_core() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("broker: {error}");
+            complain!("{error}");
             ExitCode::FAILURE
         }
     }
@@ -117,7 +119,7 @@ pub fn audit_verify(state: &Path) -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("broker: the audit record is broken: {error}");
+            complain!("the audit record is broken: {error}");
             ExitCode::FAILURE
         }
     }
@@ -133,7 +135,7 @@ pub fn audit_show(state: &Path) -> ExitCode {
     match shown {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("broker: {error}");
+            complain!("{error}");
             ExitCode::FAILURE
         }
     }

@@ -36,9 +36,15 @@ impl CommandPlan {
         let path = search_path(host, files);
         let arguments = job.wishes.command.clone();
         let name = arguments.first().map(OsString::as_os_str).unwrap_or_default();
+        let environment = environment(policy, job, host, &path);
+        // Whoever sets PATH means it for the command itself too.
+        let set = environment.iter().find(|(name, _)| name == "PATH").map(|(_, value)| value.clone());
+        let set = set.as_ref().map(|path| path.as_bytes()).unwrap_or_default();
+        let directories = set.split(|byte| *byte == b':').map(|part| PathBuf::from(OsStr::from_bytes(part)));
+        let path: Vec<PathBuf> = directories.filter(|path| path.is_absolute()).collect();
         CommandPlan {
             candidates: candidates(name, &path),
-            environment: environment(policy, job, host, &path),
+            environment,
             directory: if job.wishes.workspace.is_some() { WORKSPACE } else { HOME }.into(),
             arguments,
         }

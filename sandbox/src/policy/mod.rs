@@ -46,6 +46,8 @@ pub enum PolicyError {
     },
     /// Nothing of this name exists.
     Unknown {
+        /// The policy that extends it, if it was not asked for itself.
+        by: Option<String>,
         /// The name.
         name: String,
         /// What does exist.
@@ -67,10 +69,13 @@ impl fmt::Display for PolicyError {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             PolicyError::Parse { name, message } => write!(out, "policy {name}: {message}"),
-            PolicyError::Unknown { name, known } => {
+            PolicyError::Unknown { by, name, known } => {
+                if let Some(by) = by {
+                    write!(out, "policy {by}: `extends`: ")?;
+                }
                 write!(
                     out,
-                    "no policy is named {name}; known: {} (or give a file's path, with a `/`)",
+                    "no policy is named {name:?}; known: {} (or give a file's path, with a `/`)",
                     known.join(", ")
                 )
             }
@@ -113,9 +118,11 @@ impl Policy {
     /// # Errors
     /// When it, or one it extends, does not exist or does not parse.
     pub fn named(name: &str, library: &dyn Library) -> Result<Policy, PolicyError> {
-        let text = library
-            .find(name)
-            .ok_or_else(|| PolicyError::Unknown { name: name.to_owned(), known: library.names() })?;
+        let text = library.find(name).ok_or_else(|| PolicyError::Unknown {
+            by: None,
+            name: name.to_owned(),
+            known: library.names(),
+        })?;
         Policy::parse(name, &text, library)
     }
 
@@ -131,9 +138,11 @@ impl Policy {
             if links > EXTENDS_MAX {
                 return Err(PolicyError::ExtendsLoop { name: name.to_owned() });
             }
-            let text = library
-                .find(base.as_str())
-                .ok_or_else(|| PolicyError::Unknown { name: base.to_string(), known: library.names() })?;
+            let text = library.find(base.as_str()).ok_or_else(|| PolicyError::Unknown {
+                by: Some(name.to_owned()),
+                name: base.to_string(),
+                known: library.names(),
+            })?;
             file = merge(parse_file(base.as_str(), &text)?, file);
         }
         Ok(Policy { name: name.to_owned(), file })

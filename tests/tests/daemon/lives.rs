@@ -105,8 +105,11 @@ fn commands_share_a_sandbox_and_its_files() {
     let own = folder_of(0);
     let peer = Peer::new(&daemon);
     let (id, handle) = peer.provision(Some(own.path()));
-    let (reply, _) =
-        peer.execute(&handle, "one", "echo kept > /tmp/file; echo out > result; sleep 300 > /dev/null & exit 3");
+    let (reply, _) = peer.execute(
+        &handle,
+        "one",
+        "echo kept > /tmp/file; echo out > result; sleep 300 > /dev/null & exit 3",
+    );
     assert_eq!(
         reply,
         json!({ "sandbox": id, "state": "finished", "outcome": { "kind": "exited", "code": 3 } })
