@@ -28,7 +28,12 @@ impl Victim {
     /// With `token` as its name, in a process group of its own.
     fn new(token: &str) -> Self {
         let mut command = Command::new("sleep");
-        Victim(command.arg0(token).arg("60").process_group(0).spawn().expect("a process to attack"))
+        let child = command.arg0(token).arg("60").process_group(0).spawn().expect("a process to attack");
+        // execve(2) lets the parent go on a moment before the new command line shows.
+        let shows =
+            || std::fs::read(format!("/proc/{}/cmdline", child.id())).is_ok_and(|line| !line.is_empty());
+        assert!(broker_tests::within(Duration::from_secs(2), shows));
+        Victim(child)
     }
 
     fn id(&self) -> String {
