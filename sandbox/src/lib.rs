@@ -44,5 +44,5 @@ pub use policy::{
 pub use report::{Denials, Enforcement, Outcome, Report, Usage};
 pub use slot::SlotError;
 pub use streams::classify as classify_streams;
-pub use sys::drop_bounding_set;
+pub use sys::{drop_bounding_set, take_passed_descriptor};
 pub use workspace::WorkspaceError;

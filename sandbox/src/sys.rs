@@ -234,6 +234,17 @@ pub fn standard_stream(number: i32) -> Option<BorrowedFd<'static>> {
     open.then(|| unsafe { BorrowedFd::borrow_raw(number) })
 }
 
+/// Takes over descriptor 3, the first that a service manager passes (sd_listen_fds(3)); once.
+pub fn take_passed_descriptor() -> Option<OwnedFd> {
+    const FIRST: i32 = 3;
+    static TAKEN: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+    // SAFETY: F_SETFD takes a number and no memory; it fails where nothing is open.
+    let open = unsafe { libc::fcntl(FIRST, libc::F_SETFD, libc::FD_CLOEXEC) } != -1;
+    let taken = TAKEN.swap(true, std::sync::atomic::Ordering::Relaxed);
+    // SAFETY: it is open, was there before this program began, and nobody else takes it over.
+    (open && !taken).then(|| unsafe { OwnedFd::from_raw_fd(FIRST) })
+}
+
 /// The number of a descriptor, for a struct that carries one.
 pub fn raw(fd: &OwnedFd) -> u64 {
     u64::from(fd.as_raw_fd().cast_unsigned())

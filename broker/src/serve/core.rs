@@ -68,6 +68,7 @@ pub async fn serve(launcher: OwnedFd) -> Result<(), String> {
     let launcher = packets(launcher).map_err(|error| format!("the launcher's channel: {error}"))?;
     let accounts = Accounts::read();
     let core = Arc::new(Core { config, accounts, audit, launcher, table: Mutex::default() });
+    core.tell(&ToLauncher::Serving, &[]).await.map_err(|error| format!("the launcher: {error}"))?;
     tokio::select! {
         ended = hear(Arc::clone(&core)) => ended.map_err(|error| format!("the launcher: {error}")),
         ended = accept(core, listener) => ended.map_err(|error| format!("accept: {error}")),
@@ -97,6 +98,7 @@ async fn hear(core: Arc<Core>) -> io::Result<()> {
                     })),
                 }
             }
+            Some((ToCore::Ping, _)) => core.tell(&ToLauncher::Serving, &[]).await?,
             Some((ToCore::Setup(_), _)) => {}
         }
     }

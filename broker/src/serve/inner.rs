@@ -27,6 +27,8 @@ const DESCRIPTORS_MAX: usize = 8;
 pub enum ToCore {
     /// First of all: the configuration, with the listening socket.
     Setup(Config),
+    /// Are you there?
+    Ping,
     /// A sandbox that lives already, with the core's end of its channel and, where it has a handle, of that.
     Living {
         /// As it is listed.
@@ -43,6 +45,8 @@ pub enum ToLauncher {
     /// Start a sandbox. Descriptors: the core's end of its channel, the supervisor's, the core's end of its handle where it
     /// lives, then those of the request.
     Start(Box<Start>),
+    /// Peers are served; or, the answer to a ping.
+    Serving,
     /// A signal for its command.
     Signal {
         /// The sandbox.

@@ -41,6 +41,8 @@ pub struct Launcher {
     config: Config,
     listener: UnixListener,
     signals: SignalFd,
+    /// How often systemd is told that the core answers, and when the core was asked last.
+    watchdog: Option<(Duration, Instant)>,
     living: BTreeMap<String, Living>,
 }
 
@@ -66,7 +68,8 @@ impl Launcher {
         wanted.thread_block()?;
         let signals = SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         nix::unistd::setgroups(&[])?;
-        Ok(Launcher { config, listener, signals, living: BTreeMap::new() })
+        let watchdog = sd_notify::watchdog_enabled().map(|limit| (limit / 3, Instant::now()));
+        Ok(Launcher { config, listener, signals, watchdog, living: BTreeMap::new() })
     }
 
     /// Runs until it is told to stop, and leaves nothing behind.
@@ -94,9 +97,7 @@ impl Launcher {
     fn told_to_stop(&mut self, pause: Duration) -> io::Result<bool> {
         let until = Instant::now() + pause;
         loop {
-            let left = until.saturating_duration_since(Instant::now());
-            let left = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
-            match poll(&mut [PollFd::new(&self.signals, PollFlags::IN)], Some(&left)) {
+            match poll(&mut [PollFd::new(&self.signals, PollFlags::IN)], Some(&timespec(until))) {
                 Ok(0) => return Ok(false),
                 Ok(_) if self.stop_was_asked_for() => return Ok(true),
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -148,7 +149,8 @@ impl Launcher {
         let mut waits =
             vec![PollFd::new(&core.channel, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
         waits.extend(alive.iter().map(|(_, supervisor)| PollFd::new(*supervisor, PollFlags::IN)));
-        match poll(&mut waits, None) {
+        let next_ping = self.watchdog.map(|(interval, last)| timespec(last + interval));
+        match poll(&mut waits, next_ping.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -167,6 +169,13 @@ impl Launcher {
         if self.stop_was_asked_for() {
             return Ok(Turn::Stop);
         }
+        if let Some((interval, last)) = &mut self.watchdog
+            && last.elapsed() >= *interval
+        {
+            *last = Instant::now();
+            // A core whose channel is full does not answer, and that is what the watchdog is for.
+            let _ = send(&core.channel, &ToCore::Ping, &[], SendFlags::DONTWAIT);
+        }
         if ready[0] { self.obey(core) } else { Ok(Turn::Go) }
     }
 
@@ -181,6 +190,10 @@ impl Launcher {
         };
         match message {
             ToLauncher::Start(start) => self.start(*start, descriptors)?,
+            ToLauncher::Serving => {
+                // Both at once: what systemd has heard before changes nothing. Without systemd nobody hears it.
+                let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Watchdog]);
+            }
             ToLauncher::Signal { id, signal } => {
                 if let Some(signal) = Signal::from_named_raw(signal) {
                     self.signal(&id, signal);
@@ -219,6 +232,7 @@ impl Launcher {
 
     /// Nothing of a sandbox is left when the service has ended.
     fn end_all(&mut self) -> io::Result<()> {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         for living in self.living.values() {
             if let Some(supervisor) = &living.supervisor {
                 let _ = pidfd_send_signal(supervisor, END);
@@ -231,4 +245,10 @@ impl Launcher {
         }
         Ok(())
     }
+}
+
+/// From now until `then`.
+fn timespec(then: Instant) -> Timespec {
+    let left = then.saturating_duration_since(Instant::now());
+    Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() }
 }

@@ -9,7 +9,7 @@ mod supervisor;
 
 use std::fs::{DirBuilder, Permissions};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -51,12 +51,24 @@ fn launch(config: Config) -> io::Result<()> {
         chown(state, Some(Uid::from_raw(CORE_ID)), Some(Gid::from_raw(CORE_ID))).map_err(Into::into),
     )?;
     let socket = config.server.socket.clone();
-    let listener = named(&socket, listen(&socket))?;
+    // systemd's own (sd_listen_fds(3)), which it keeps while the service is down.
+    let activated = activated().map(UnixListener::from);
+    let own = activated.is_none();
+    let listener = activated.map_or_else(|| named(&socket, listen(&socket)), Ok)?;
     let mut launcher = launcher::Launcher::new(config, listener)?;
     complain!("listening on {}", socket.display());
     let ended = launcher.run();
-    let _ = std::fs::remove_file(&socket);
+    if own {
+        let _ = std::fs::remove_file(&socket);
+    }
     ended
+}
+
+/// The first descriptor that systemd passed to this process, if it did.
+fn activated() -> Option<OwnedFd> {
+    let number = |name: &str| std::env::var(name).ok()?.parse::<u32>().ok();
+    let ours = number("LISTEN_PID")? == std::process::id() && number("LISTEN_FDS")? >= 1;
+    if ours { sandbox::take_passed_descriptor() } else { None }
 }
 
 fn named<T>(path: &Path, result: io::Result<T>) -> io::Result<T> {

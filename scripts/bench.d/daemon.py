@@ -1,0 +1,76 @@
+"""A confined `true` through the daemon, and in a sandbox that lives, beside what they would replace."""
+import array
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from __main__ import broker, find, interleave
+from start import BWRAP
+
+TITLE, UNIT, RATIOS = "a confined true, asked of the daemon", "ms", ["bubblewrap", "fork + exec"]
+APT, CARGO = ["bubblewrap"], []
+
+
+class Peer:
+    """A caller of the interface, on one connection."""
+
+    def __init__(self, path):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(path)
+        self.effects = 0
+
+    def call(self, method, parameters, descriptors=()):
+        message = json.dumps({"method": f"io.broker.Control.{method}", "parameters": parameters}).encode() + b"\0"
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        self.socket.sendmsg([message], rights)
+        reply, control, _, _ = self.socket.recvmsg(65536, 64)
+        given = array.array("i")
+        for _, _, data in control:
+            given.frombytes(data)
+        return json.loads(reply.rstrip(b"\0")), list(given)
+
+    def provision(self):
+        reply, given = self.call("Provision", {"policy": "default", "environment": [], "path": "/bin"})
+        assert "error" not in reply, reply
+        self.handle = given[0]
+        return self
+
+    def execute(self):
+        self.effects += 1
+        parameters = {"handle": 0, "effect": str(self.effects), "command": ["/bin/true"], "environment": [],
+                      "path": "/bin", "streams": [None, None, None]}
+        reply, _ = self.call("Execute", parameters, [self.handle])
+        return 0 if reply["parameters"].get("outcome") == {"kind": "exited", "code": 0} else reply
+
+
+def run():
+    scratch = Path(tempfile.mkdtemp(prefix="broker-bench-"))
+    path, env = f"{scratch}/broker.sock", {"PATH": "/usr/bin:/bin", "HOME": str(scratch)}
+    (scratch / "config.toml").write_text(f'[server]\nsocket = "{path}"\nstate = "{scratch}/state"\n')
+    daemon = subprocess.Popen([broker(), "serve", "--config", scratch / "config.toml"], stderr=subprocess.DEVNULL)
+    try:
+        asked = [broker(), "ps", "--connect", path]
+        while subprocess.run(asked, capture_output=True).returncode:
+            time.sleep(0.05)
+        rows = [
+            ("fork + exec", ["/bin/true"], "NOTHING at all: no sandbox"),
+            ("bubblewrap", [find("bwrap"), *BWRAP.split()], "NOTHING: no seccomp, no Landlock, no limits"),
+            ("broker exec, embedded", [broker(), "exec", "--embedded", "--", "true"], "as `start`"),
+            ("broker exec, daemon", [broker(), "exec", "--connect", path, "--", "true"], "as `start`, recorded durably"),
+        ]
+        rows = [{"name": name, "ours": "broker" in name, "version": "", "command": list(map(str, command)), "also_enforces": also}
+                for name, command, also in rows]
+        live = Peer(path).provision()
+        rows.append({"name": "execute in a live one", "ours": True, "version": "", "command": ["Execute", "/bin/true"],
+                     "also_enforces": "as `start`, recorded durably before and after", "call": live.execute})
+        return interleave(rows, env, "/")
+    finally:
+        daemon.terminate()
+        daemon.wait()
+        os.chdir("/")
+        shutil.rmtree(scratch)
