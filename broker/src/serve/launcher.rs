@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -118,6 +119,7 @@ impl Launcher {
     fn start_core(&self) -> io::Result<Core> {
         let (ours, theirs) = channel()?;
         let process = Command::new("/proc/self/exe")
+            .arg0("broker")
             .args(["role", "core"])
             .env_clear()
             .stdin(Stdio::from(theirs))
