@@ -2,6 +2,8 @@
 
 #[path = "daemon/hostile.rs"]
 mod hostile;
+#[path = "daemon/interface.rs"]
+mod interface;
 #[path = "daemon/lifetime.rs"]
 mod lifetime;
 #[path = "daemon/lives.rs"]

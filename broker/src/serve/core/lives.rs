@@ -244,7 +244,7 @@ impl Core {
         let live = self.table().lives.get(&name_of(&descriptors[handle])).cloned();
         let Some(live) = live.filter(|live| live.is_other_end(&descriptors[handle])) else {
             discard(descriptors);
-            return connection.error(format!("{INTERFACE}.NoSuchHandle"), json!({})).await;
+            return connection.error(format!("{INTERFACE}.NoSuchHandle"), json!({ "handle": handle })).await;
         };
         let (number, heard, is_new) = match live.effect(&effect) {
             Ok(found) => found,
