@@ -1,7 +1,9 @@
 //! The core: speaks with peers, decides, records, and has the launcher act. Its own uid, no capability, no secret; it never
 //! forks and holds nothing that it could hand out but the channels of its sandboxes.
 
+mod decide;
 mod lives;
+mod service;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,9 +19,10 @@ use super::audit::{Audit, bounded, now_ms};
 use super::config::{Accounts, Config, Peer, Rights, Verb};
 use super::inner::{FromSupervisor, Start, ToCore, ToLauncher, channel, receive, send};
 use crate::connection::{Connection, End, discard};
-use crate::protocol::{Code, DESCRIPTION, Denial, INTERFACE, Named, Ran, Run, Sandbox, Sandboxes, Signal};
+use crate::protocol::{Code, Denial, INTERFACE, Named, Ran, Run, Sandbox, Sandboxes, Signal};
 use crate::say::complain;
 use crate::wire::{self, Breach, Call};
+use decide::decide;
 use lives::Live;
 
 /// What one uid may have at the same time, and all together.
@@ -195,8 +198,8 @@ impl Core {
         let more = call.more;
         let (interface, method) = call.method.rsplit_once('.').unwrap_or((call.method.as_str(), ""));
         match (interface, method) {
-            ("org.varlink.service", "GetInfo") => connection.reply(info(), false).await,
-            ("org.varlink.service", "GetInterfaceDescription") => describe(connection, &call).await,
+            ("org.varlink.service", "GetInfo") => connection.reply(service::info(), false).await,
+            ("org.varlink.service", "GetInterfaceDescription") => service::describe(connection, &call).await,
             (INTERFACE, "Run") => {
                 let run = parameters::<Run>(&call)?;
                 self.run(connection, asker, run, descriptors, more).await
@@ -409,51 +412,6 @@ impl Core {
     }
 }
 
-/// Whether `run` may be asked for by who has `rights`. What the policy itself allows is decided where it is planned.
-fn decide(run: &Run, rights: &Rights, descriptors: &[OwnedFd]) -> Result<(), Denial> {
-    may_use(&run.policy, rights)?;
-    let workspace = run.workspace.iter().map(|workspace| workspace.descriptor);
-    let named: Vec<usize> = run.streams.iter().flatten().copied().chain(workspace).collect();
-    all_named(&named, descriptors)?;
-    all_pipes(&run.streams, descriptors)
-}
-
-fn may_use(policy: &str, rights: &Rights) -> Result<(), Denial> {
-    if policy.parse().is_ok_and(|policy| rights.may_use(&policy)) {
-        return Ok(());
-    }
-    let message = format!("policy {:?} is not yours to use; the administrator grants it", bounded(policy));
-    Err(Denial::new(Code::PolicyNotGranted, message))
-}
-
-fn all_named(named: &[usize], descriptors: &[OwnedFd]) -> Result<(), Denial> {
-    let distinct = named.iter().enumerate().all(|(at, number)| !named[..at].contains(number));
-    if distinct && named.len() == descriptors.len() && named.iter().all(|number| *number < descriptors.len())
-    {
-        return Ok(());
-    }
-    let message = "each descriptor of the message is named once, and none that is not there";
-    Err(Denial::new(Code::Descriptor, message))
-}
-
-fn all_pipes(streams: &[Option<usize>; 3], descriptors: &[OwnedFd]) -> Result<(), Denial> {
-    match streams.iter().flatten().find(|number| !name_of(&descriptors[**number]).starts_with("pipe:[")) {
-        None => Ok(()),
-        Some(number) => {
-            let message = format!("descriptor {number} is no pipe; only pipes go in, or null");
-            Err(Denial::new(Code::Descriptor, message))
-        }
-    }
-}
-
-/// What the kernel calls an open file, `pipe:[N]` or `socket:[N]` for what has no path. Asking the file itself could wait for
-/// whoever serves its filesystem.
-fn name_of(descriptor: &OwnedFd) -> String {
-    use std::os::fd::AsRawFd;
-    let name = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd()));
-    name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
-}
-
 /// A channel of packets, to be waited for. tokio has no type of its own for them; it only waits, and never reads or writes.
 fn packets(channel: OwnedFd) -> io::Result<UnixStream> {
     let channel = std::os::unix::net::UnixStream::from(channel);
@@ -483,34 +441,4 @@ fn not_started(message: String) -> FromSupervisor {
 fn parameters<'a, T: serde::Deserialize<'a>>(call: &Call<'a>) -> Result<T, End> {
     let text = call.parameters.map_or("{}", |parameters| parameters.get());
     serde_json::from_str(text).map_err(|error| Breach::Malformed(error.to_string()).into())
-}
-
-fn info() -> Value {
-    json!({
-        "vendor": "broker",
-        "product": "broker",
-        "version": env!("CARGO_PKG_VERSION"),
-        "url": "",
-        "interfaces": ["org.varlink.service", INTERFACE],
-    })
-}
-
-async fn describe(connection: &Connection, call: &Call<'_>) -> Result<(), End> {
-    #[derive(serde::Deserialize)]
-    struct Wanted {
-        interface: String,
-    }
-    let Wanted { interface } = parameters(call)?;
-    match interface.as_str() {
-        INTERFACE => connection.reply(json!({ "description": DESCRIPTION }), false).await,
-        "org.varlink.service" => {
-            connection
-                .reply(json!({ "description": include_str!("../org.varlink.service.varlink") }), false)
-                .await
-        }
-        _ => {
-            let error = "org.varlink.service.InterfaceNotFound".to_owned();
-            connection.error(error, json!({ "interface": bounded(&interface) })).await
-        }
-    }
 }

@@ -11,7 +11,8 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-use super::{Asker, Core, all_named, all_pipes, may_use, name_of, not_started, packets};
+use super::decide::{all_named, all_pipes, may_use, name_of};
+use super::{Asker, Core, not_started, packets};
 use crate::connection::{Connection, End, discard};
 use crate::protocol::{Code, Denial, Execute, Executed, INTERFACE, Progress, Provision, Provisioned, Run};
 use crate::serve::audit::{self, bounded};
