@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerPidfd;
 use passfd::FdPassingExt;
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use serde::Serialize;
 use tokio::io::Interest;
@@ -42,7 +42,7 @@ impl From<Breach> for End {
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
-    assembler: Assembler<OwnedFd>,
+    assembler: Assembler<Foreign>,
     /// The call at hand wants no reply.
     pub quiet: bool,
 }
@@ -59,7 +59,7 @@ impl Connection {
     }
 
     /// The next message and its descriptors.
-    pub async fn receive(&mut self) -> Result<(Vec<u8>, Vec<OwnedFd>), End> {
+    pub async fn receive(&mut self) -> Result<(Vec<u8>, Vec<Foreign>), End> {
         loop {
             if let Some(message) = self.assembler.next()? {
                 return Ok(message);
@@ -142,30 +142,40 @@ impl Connection {
     }
 }
 
-impl Drop for Connection {
-    fn drop(&mut self) {
-        discard(self.assembler.take_descriptors());
+/// A descriptor that a peer has sent. It is closed where nobody waits: close(2) can take as long as the peer likes (a socket
+/// that lingers), or whoever serves the file.
+#[derive(Debug)]
+pub struct Foreign(Option<OwnedFd>);
+
+impl AsFd for Foreign {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.0 {
+            Some(descriptor) => descriptor.as_fd(),
+            // Taken only while it is dropped; then it names nothing that could be read.
+            None => rustix::fs::CWD,
+        }
     }
 }
 
-/// Closes what a peer has sent, where nobody waits: close(2) of a file can take as long as whoever serves it likes.
-pub fn discard(descriptors: Vec<OwnedFd>) {
-    if !descriptors.is_empty() {
-        tokio::task::spawn_blocking(move || drop(descriptors));
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        if let Some(descriptor) = self.0.take() {
+            tokio::task::spawn_blocking(move || drop(descriptor));
+        }
     }
 }
 
 /// One recvmsg(2). Each descriptor is owned from the first instant, and is closed on every way out.
-fn read_once(stream: &UnixStream, piece: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+fn read_once(stream: &UnixStream, piece: &mut [u8]) -> io::Result<(usize, Vec<Foreign>)> {
     let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
     let received = recvmsg(stream, &mut [IoSliceMut::new(piece)], &mut control, flags)?;
     let descriptors = control.drain().flat_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
+        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.map(|own| Foreign(Some(own))).collect(),
         _ => Vec::new(),
     });
-    let descriptors: Vec<OwnedFd> = descriptors.collect();
+    let descriptors: Vec<Foreign> = descriptors.collect();
     if received.flags.contains(ReturnFlags::CTRUNC) {
         return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
     }

@@ -6,6 +6,8 @@ use serde_json::value::RawValue;
 
 /// The longest message, in bytes, without its NUL.
 pub const MESSAGE_BYTES_MAX: usize = 1 << 20;
+/// The most bytes that may be sent ahead of an answer.
+const AHEAD_BYTES_MAX: usize = 64 << 10;
 /// The most descriptors that ride on one message.
 pub const DESCRIPTORS_MAX: usize = 16;
 
@@ -125,14 +127,9 @@ impl<D> Assembler<D> {
         Ok(Some((message, own)))
     }
 
-    /// Those of messages that were never whole.
-    pub fn take_descriptors(&mut self) -> Vec<D> {
-        std::mem::take(&mut self.descriptors).into_iter().flat_map(|(_, held)| held).collect()
-    }
-
-    /// Whether more waits here than one message may have.
+    /// Whether more waits here than anybody has to send before the call at hand is answered.
     pub fn is_overfull(&self) -> bool {
-        self.bytes.len() > MESSAGE_BYTES_MAX
+        self.bytes.len() > AHEAD_BYTES_MAX
     }
 
     /// Whether a message has begun and not ended.

@@ -49,7 +49,7 @@ impl Orders<'_> {
     /// Starts a command under a number that no other living one has; a stream that is nothing is `/dev/null`.
     ///
     /// # Errors
-    /// `EMSGSIZE` where its words are too long together; as sendmsg(2) where init has gone.
+    /// `EMSGSIZE` where its words are too long together, `EAGAIN` where init does not listen; as sendmsg(2) where it has gone.
     pub fn execute(
         &self,
         number: u32,
@@ -67,17 +67,19 @@ impl Orders<'_> {
         if !given.is_empty() {
             control.push(SendAncillaryMessage::ScmRights(&given));
         }
-        sendmsg(&self.channel, &[IoSlice::new(&order)], &mut control, SendFlags::NOSIGNAL)?;
+        // Whoever wedges init must not wedge this process too.
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        sendmsg(&self.channel, &[IoSlice::new(&order)], &mut control, flags)?;
         Ok(())
     }
 
     /// Passes a signal on to a command; `SIGKILL` to its process group.
     ///
     /// # Errors
-    /// As send(2) where init has gone.
+    /// `EAGAIN` where init does not listen; as send(2) where it has gone.
     pub fn signal(&self, number: u32, signal: i32) -> io::Result<()> {
         let order = Order::Signal { number, signal }.encode();
-        rustix::net::send(&self.channel, &order, SendFlags::NOSIGNAL)?;
+        rustix::net::send(&self.channel, &order, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?;
         Ok(())
     }
 

@@ -126,11 +126,24 @@ impl Owner {
 
 /// `act` with these ids for files (setfsuid(2)): for any but root the kernel takes the capabilities over files away meanwhile.
 fn with_ids<T>(uid: u32, gid: u32, act: impl FnOnce() -> T) -> T {
+    use nix::sys::prctl::{get_dumpable, get_pdeathsig, set_dumpable, set_pdeathsig};
     use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+    let parent = nix::unistd::getppid();
+    let (lifeline, dumpable) = (get_pdeathsig().ok().flatten(), get_dumpable());
     let (gid_before, uid_before) = (setfsgid(Gid::from_raw(gid)), setfsuid(Uid::from_raw(uid)));
     let result = act();
     setfsuid(uid_before);
     setfsgid(gid_before);
+    // The kernel takes both away with a change of ids. Whose parent has gone meanwhile follows it.
+    if let Some(signal) = lifeline {
+        let restored = set_pdeathsig(signal).is_ok() && nix::unistd::getppid() == parent;
+        if !restored {
+            sys::exit_now(1);
+        }
+    }
+    if let Ok(dumpable) = dumpable {
+        let _ = set_dumpable(dumpable);
+    }
     result
 }
 

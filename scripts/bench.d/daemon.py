@@ -50,6 +50,7 @@ class Peer:
 
 def run():
     scratch = Path(tempfile.mkdtemp(prefix="broker-bench-"))
+    scratch.chmod(0o755)  # the core is nobody's, and has to come through
     path, env = f"{scratch}/broker.sock", {"PATH": "/usr/bin:/bin", "HOME": str(scratch)}
     (scratch / "config.toml").write_text(f'[server]\nsocket = "{path}"\nstate = "{scratch}/state"\n')
     daemon = subprocess.Popen([broker(), "serve", "--config", scratch / "config.toml"], stderr=subprocess.DEVNULL)

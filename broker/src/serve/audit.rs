@@ -240,7 +240,16 @@ fn read(directory: &Path, mut each: impl FnMut(Line) -> Result<(), String>) -> R
 
 /// Text that a peer chose, cut to what is recorded. JSON escapes the rest.
 pub fn bounded(text: &str) -> &str {
-    let mut end = text.len().min(TEXT_BYTES_MAX);
+    cut(text, TEXT_BYTES_MAX)
+}
+
+/// The same for what anybody can have recorded.
+pub fn short(text: &str) -> &str {
+    cut(text, 200)
+}
+
+fn cut(text: &str, most: usize) -> &str {
+    let mut end = text.len().min(most);
     while !text.is_char_boundary(end) {
         end -= 1;
     }

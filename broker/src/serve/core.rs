@@ -9,16 +9,17 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::net::{RecvFlags, SendFlags};
 use serde_json::{Value, json};
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 
-use super::audit::{Audit, bounded, now_ms};
+use super::audit::{Audit, bounded, now_ms, short};
 use super::config::{Accounts, Config, Peer, Rights, Verb};
 use super::inner::{FromSupervisor, Start, ToCore, ToLauncher, channel, receive, send};
-use crate::connection::{Connection, End, discard};
+use crate::connection::{Connection, End, Foreign};
 use crate::protocol::{Code, Denial, INTERFACE, Named, Ran, Run, Sandbox, Sandboxes, Signal};
 use crate::say::complain;
 use crate::wire::{self, Breach, Call};
@@ -29,6 +30,8 @@ use lives::Live;
 const CONNECTIONS_MAX: usize = 64;
 const SANDBOXES_MAX: usize = 256;
 const CONNECTIONS_ALL_MAX: usize = 1024;
+/// Denials and breaches of one uid that are recorded one by one.
+const DENIALS_A_SECOND: u32 = 20;
 /// The signals that a peer may pass on: those that `broker exec` passes on.
 const SIGNALS: [i32; 6] =
     [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2];
@@ -54,6 +57,8 @@ struct Table {
     /// Those that wait for commands, by the kernel's name for the callers' end of their handle.
     lives: BTreeMap<String, Arc<Live>>,
     connections: BTreeMap<u32, usize>,
+    /// Of each uid: since when the second counts, how many in it, how many were not recorded.
+    denials: BTreeMap<u32, (Instant, u32, u64)>,
     started: u64,
 }
 
@@ -114,7 +119,7 @@ async fn accept(core: Arc<Core>, listener: UnixListener) -> io::Result<()> {
             // Out of descriptors: those who wait are served when somebody goes.
             Err(error) => {
                 complain!("accept: {error}");
-                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
             }
         };
@@ -127,9 +132,11 @@ async fn accept(core: Arc<Core>, listener: UnixListener) -> io::Result<()> {
                 let asker = Asker { peer, rights };
                 let end = core.converse(Connection::new(stream), &asker).await;
                 core.leave(peer);
-                if let End::Breach(breach) = end {
-                    let event =
-                        json!({ "kind": "breach", "uid": peer.uid, "why": bounded(&breach.to_string()) });
+                if let End::Breach(breach) = end
+                    && let Some(repeated) = core.denial_to_record(peer).await
+                {
+                    let why = breach.to_string();
+                    let event = json!({ "kind": "breach", "uid": peer.uid, "why": short(&why), "repeated": repeated });
                     core.audit.record(event).await;
                 }
             }
@@ -184,6 +191,8 @@ impl Core {
             if let Err(end) = done {
                 return end;
             }
+            // Whoever sends call after call waits for its turn like everybody.
+            tokio::task::yield_now().await;
         }
     }
 
@@ -192,7 +201,7 @@ impl Core {
         connection: &mut Connection,
         asker: &Asker,
         call: Call<'_>,
-        descriptors: Vec<OwnedFd>,
+        descriptors: Vec<Foreign>,
     ) -> Result<(), End> {
         let Asker { peer, rights } = asker;
         let more = call.more;
@@ -249,7 +258,7 @@ impl Core {
         connection: &mut Connection,
         asker: &Asker,
         run: Run,
-        descriptors: Vec<OwnedFd>,
+        descriptors: Vec<Foreign>,
         more: bool,
     ) -> Result<(), End> {
         let peer = asker.peer;
@@ -273,10 +282,11 @@ impl Core {
             handle: None,
             process: process.as_ref().map(|_| descriptors.len()),
         };
-        let given: Vec<_> = descriptors.iter().chain(&process).map(AsFd::as_fd).collect();
+        let given: Vec<_> =
+            descriptors.iter().map(AsFd::as_fd).chain(process.as_ref().map(AsFd::as_fd)).collect();
         let ended = match self.start(start, &given).await {
             Ok(channel) => {
-                discard(descriptors);
+                drop(descriptors);
                 self.watch(connection, &id, channel, more).await
             }
             Err(error) => Ok(not_started(format!("the launcher: {error}"))),
@@ -398,6 +408,27 @@ impl Core {
         connection.reply(json!({}), false).await
     }
 
+    /// How many were not recorded since the last that was; nothing where this one is not either. Only repetition is folded
+    /// together: the first of a second are recorded one by one, and who asks more often waits.
+    async fn denial_to_record(&self, peer: Peer) -> Option<u64> {
+        let is_first = {
+            let mut table = self.table();
+            let denials = table.denials.entry(peer.uid).or_insert((Instant::now(), 0, 0));
+            if denials.0.elapsed() >= Duration::from_secs(1) {
+                (denials.0, denials.1) = (Instant::now(), 0);
+            }
+            denials.1 += 1;
+            if denials.1 <= DENIALS_A_SECOND { Some(std::mem::take(&mut denials.2)) } else { None }
+        };
+        if is_first.is_none() {
+            if let Some(denials) = self.table().denials.get_mut(&peer.uid) {
+                denials.2 += 1;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        is_first
+    }
+
     async fn deny(
         &self,
         connection: &Connection,
@@ -406,8 +437,12 @@ impl Core {
         denial: Denial,
     ) -> Result<(), End> {
         let Denial { code, message } = denial;
-        let event = json!({ "kind": "deny", "uid": peer.uid, "method": method, "code": code, "message": bounded(&message) });
-        self.audit.record(event).await;
+        if let Some(repeated) = self.denial_to_record(peer).await {
+            let event = json!({
+                "kind": "deny", "uid": peer.uid, "method": method, "code": code, "message": short(&message), "repeated": repeated,
+            });
+            self.audit.record(event).await;
+        }
         connection.error(format!("{INTERFACE}.Denied"), json!({ "code": code, "message": message })).await
     }
 }

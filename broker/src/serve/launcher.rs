@@ -78,12 +78,16 @@ impl Launcher {
         let mut pause = RESTART_PAUSE;
         loop {
             let started = Instant::now();
-            let mut core = self.start_core()?;
-            let stop = self.serve(&core)?;
-            let _ = core.process.kill();
-            core.process.wait()?;
-            if stop {
-                return self.end_all();
+            match self.start_core() {
+                Ok(mut core) => {
+                    let stop = self.serve(&core)?;
+                    let _ = core.process.kill();
+                    core.process.wait()?;
+                    if stop {
+                        return self.end_all();
+                    }
+                }
+                Err(error) => complain!("the core cannot be started: {error}"),
             }
             pause = if started.elapsed() > RESTART_PAUSE_MAX { RESTART_PAUSE } else { pause };
             complain!("the core ended; it is started again in {} ms", pause.as_millis());
@@ -187,11 +191,18 @@ impl Launcher {
         let (message, descriptors) = match received {
             Ok(Some(received)) => received,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Turn::Go),
+            // Out of descriptors: the core hears the end of what it asked for.
+            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => return Ok(Turn::Go),
             // A core that says what no core says is ended, and another takes its place.
             Ok(None) | Err(_) => return Ok(Turn::CoreEnded),
         };
         match message {
-            ToLauncher::Start(start) => self.start(*start, descriptors)?,
+            ToLauncher::Start(start) => {
+                // One that cannot be started ends nobody else; the core hears the end of its channel.
+                if let Err(error) = self.start(*start, descriptors) {
+                    complain!("a sandbox cannot be started: {error}");
+                }
+            }
             ToLauncher::Serving => {
                 // Both at once: what systemd has heard before changes nothing. Without systemd nobody hears it.
                 let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Watchdog]);

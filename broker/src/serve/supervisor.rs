@@ -132,6 +132,7 @@ struct UnderWay {
     number: u32,
     deadline: Option<Instant>,
     told_to_end: bool,
+    killed: bool,
 }
 
 impl Attendant<'_> {
@@ -165,7 +166,9 @@ impl Attendant<'_> {
             if asked && !self.obey(orders)? {
                 return Ok(());
             }
-            self.enforce_deadlines(orders)?;
+            if !self.enforce_deadlines(orders) {
+                return Ok(());
+            }
         }
     }
 
@@ -196,7 +199,7 @@ impl Attendant<'_> {
             Ok(()) => {
                 let deadline =
                     self.plan.timeout_ms.map(|timeout| Instant::now() + Duration::from_millis(timeout));
-                self.under_way.push(UnderWay { number, deadline, told_to_end: false });
+                self.under_way.push(UnderWay { number, deadline, told_to_end: false, killed: false });
             }
             Err(message) => {
                 let outcome =
@@ -219,18 +222,21 @@ impl Attendant<'_> {
         planned(self.policy, wishes, path).map(|plan| plan.command)
     }
 
-    /// SIGTERM at the deadline, SIGKILL to the process group after the grace period.
-    fn enforce_deadlines(&mut self, orders: &Orders<'_>) -> io::Result<()> {
+    /// SIGTERM at the deadline, SIGKILL to the process group after the grace period; and where that has not helped after
+    /// another, because somebody holds init up, the sandbox ends: then this is false.
+    fn enforce_deadlines(&mut self, orders: &Orders<'_>) -> bool {
         let now = Instant::now();
         for command in &mut self.under_way {
             if command.deadline.is_some_and(|deadline| deadline <= now) {
                 let signal = if command.told_to_end { libc::SIGKILL } else { libc::SIGTERM };
-                orders.signal(command.number, signal)?;
-                let grace = Duration::from_millis(self.plan.grace_ms);
-                command.deadline = (!command.told_to_end).then(|| now + grace);
+                if command.killed || orders.signal(command.number, signal).is_err() {
+                    return false;
+                }
+                command.deadline = Some(now + Duration::from_millis(self.plan.grace_ms.max(100)));
+                command.killed = command.told_to_end;
                 command.told_to_end = true;
             }
         }
-        Ok(())
+        true
     }
 }

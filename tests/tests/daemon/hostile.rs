@@ -229,3 +229,39 @@ fn the_roles_are_closed_to_their_peers() {
     assert_eq!(broker_tests::field(&status, "NoNewPrivs").trim(), "1");
     assert!(!broker_tests::field(&status, "Uid").split_whitespace().any(|uid| uid == "0"));
 }
+
+/// close(2) of a socket that lingers takes as long as its sender says: it is waited for where nobody else waits.
+#[test]
+fn a_descriptor_that_is_slow_to_close_holds_nobody_up() {
+    let daemon = Daemon::start();
+    let linger = "
+import array, json, socket, struct, sys, time
+l = socket.socket(); l.bind(('127.0.0.1', 0)); l.listen()
+c = socket.socket(); c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 6)); c.connect(l.getsockname())
+c.setblocking(False)
+try:
+    while True: c.send(b'x' * 65536)
+except BlockingIOError: pass
+s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])
+s.sendmsg([json.dumps({'method': 'org.varlink.service.GetInfo'}).encode() + b'\\0'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [c.fileno()]))])
+# What SO_LINGER means only counts for the last copy, and only where close may block.
+import os; os.close(c.fileno())
+s.recv(1000); print('sent', flush=True); time.sleep(20)
+";
+    let mut command = Command::new("python3");
+    let mut slow = command
+        .args(["-c", linger])
+        .arg(daemon.socket())
+        .uid(EVE)
+        .gid(EVE)
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("python3 runs");
+    let mut line = [0; 4];
+    slow.stdout.take().expect("a pipe").read_exact(&mut line).expect("it has sent");
+    let start = std::time::Instant::now();
+    assert!(daemon.list(ADA).is_empty());
+    assert!(start.elapsed() < Duration::from_secs(3), "another caller waited {:?}", start.elapsed());
+    slow.kill().expect("it lives");
+    slow.wait().expect("it is reaped");
+}

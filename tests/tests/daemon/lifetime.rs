@@ -71,6 +71,20 @@ fn sandboxes_outlive_the_core() {
     assert!(daemon.audit("verify").status.success());
 }
 
+/// Acting with a caller's ids takes a parent-death signal away; it has to be there again.
+#[test]
+fn a_run_with_a_workspace_does_not_outlive_the_launcher_either() {
+    let mut daemon = Daemon::start();
+    let (token, own) = (broker_tests::canary(), folder_of(ADA));
+    let mut command = daemon.broker(ADA, &["exec", "--workspace", &own.path().display().to_string()]);
+    let mut run = command.args(["--", "sh", "-c", "sleep 600; :", &token]).spawn().expect("it starts");
+    assert!(within(Duration::from_secs(5), || inside(&token) > 0), "{}", daemon.log());
+    daemon.process.kill().expect("it lives");
+    daemon.process.wait().expect("it is reaped");
+    assert!(within(Duration::from_secs(2), || inside(&token) == 0), "a workload outlived its launcher");
+    run.wait().expect("its connection is gone");
+}
+
 /// With the launcher everything goes: it holds the lifelines.
 #[test]
 fn nothing_outlives_the_launcher() {

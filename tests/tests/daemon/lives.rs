@@ -55,7 +55,9 @@ impl Peer {
     }
 
     fn provision(&self, workspace: Option<&Path>) -> (String, OwnedFd) {
-        let directory = workspace.map(|path| fs::File::open(path).expect("it is there"));
+        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+        let open = |path: &Path| rustix::fs::open(path, flags, rustix::fs::Mode::empty());
+        let directory = workspace.map(|path| open(path).expect("it is there"));
         let mut parameters = json!({ "policy": "default", "environment": [], "path": "/usr/bin:/bin" });
         if let Some(path) = workspace {
             parameters["workspace"] = json!({ "descriptor": 0, "name": path, "mode": "rw" });

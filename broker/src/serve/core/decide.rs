@@ -1,18 +1,37 @@
 //! Whether something may be asked for at all, before anything is done.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 
-use crate::protocol::{Code, Denial, Run};
+use crate::connection::Foreign;
+use crate::protocol::{Code, Denial, Directory, Run};
 use crate::serve::audit::bounded;
 use crate::serve::config::Rights;
 
+/// The longest name of a workspace, in bytes: as long as a path (`PATH_MAX`).
+const NAME_BYTES_MAX: usize = 4096;
+
 /// Whether `run` may be asked for by who has `rights`. What the policy itself allows is decided where it is planned.
-pub(super) fn decide(run: &Run, rights: &Rights, descriptors: &[OwnedFd]) -> Result<(), Denial> {
+pub(super) fn decide(run: &Run, rights: &Rights, descriptors: &[Foreign]) -> Result<(), Denial> {
     may_use(&run.policy, rights)?;
     let workspace = run.workspace.iter().map(|workspace| workspace.descriptor);
     let named: Vec<usize> = run.streams.iter().flatten().copied().chain(workspace).collect();
     all_named(&named, descriptors)?;
+    is_lendable(run.workspace.as_ref(), descriptors)?;
     all_pipes(&run.streams, descriptors)
+}
+
+/// Opened with `O_PATH` (open(2)): only then does nobody who serves its filesystem hear of its end, and hold up who closes it.
+pub(super) fn is_lendable(workspace: Option<&Directory>, descriptors: &[Foreign]) -> Result<(), Denial> {
+    let Some(Directory { descriptor, name, .. }) = workspace else { return Ok(()) };
+    if name.len() > NAME_BYTES_MAX {
+        let message = format!("a workspace's name has no more than {NAME_BYTES_MAX} bytes");
+        return Err(Denial::new(Code::NotNarrower, message));
+    }
+    let flags = rustix::fs::fcntl_getfl(&descriptors[*descriptor]);
+    if flags.is_ok_and(|flags| flags.contains(rustix::fs::OFlags::PATH)) {
+        return Ok(());
+    }
+    Err(Denial::new(Code::Descriptor, "a workspace is opened with O_PATH"))
 }
 
 pub(super) fn may_use(policy: &str, rights: &Rights) -> Result<(), Denial> {
@@ -23,7 +42,7 @@ pub(super) fn may_use(policy: &str, rights: &Rights) -> Result<(), Denial> {
     Err(Denial::new(Code::PolicyNotGranted, message))
 }
 
-pub(super) fn all_named(named: &[usize], descriptors: &[OwnedFd]) -> Result<(), Denial> {
+pub(super) fn all_named(named: &[usize], descriptors: &[Foreign]) -> Result<(), Denial> {
     let distinct = named.iter().enumerate().all(|(at, number)| !named[..at].contains(number));
     if distinct && named.len() == descriptors.len() && named.iter().all(|number| *number < descriptors.len())
     {
@@ -33,7 +52,7 @@ pub(super) fn all_named(named: &[usize], descriptors: &[OwnedFd]) -> Result<(), 
     Err(Denial::new(Code::Descriptor, message))
 }
 
-pub(super) fn all_pipes(streams: &[Option<usize>; 3], descriptors: &[OwnedFd]) -> Result<(), Denial> {
+pub(super) fn all_pipes(streams: &[Option<usize>; 3], descriptors: &[Foreign]) -> Result<(), Denial> {
     match streams.iter().flatten().find(|number| !name_of(&descriptors[**number]).starts_with("pipe:[")) {
         None => Ok(()),
         Some(number) => {
@@ -45,8 +64,8 @@ pub(super) fn all_pipes(streams: &[Option<usize>; 3], descriptors: &[OwnedFd]) -
 
 /// What the kernel calls an open file, `pipe:[N]` or `socket:[N]` for what has no path. Asking the file itself could wait for
 /// whoever serves its filesystem.
-pub(super) fn name_of(descriptor: &OwnedFd) -> String {
+pub(super) fn name_of(descriptor: impl AsFd) -> String {
     use std::os::fd::AsRawFd;
-    let name = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd()));
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_fd().as_raw_fd()));
     name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::net::{RecvFlags, SendFlags};
@@ -11,9 +11,9 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-use super::decide::{all_named, all_pipes, may_use, name_of};
+use super::decide::{all_named, all_pipes, is_lendable, may_use, name_of};
 use super::{Asker, Core, not_started, packets};
-use crate::connection::{Connection, End, discard};
+use crate::connection::{Connection, End, Foreign};
 use crate::protocol::{Code, Denial, Execute, Executed, INTERFACE, Progress, Provision, Provisioned, Run};
 use crate::serve::audit::{self, bounded};
 use crate::serve::inner::{FromSupervisor, Start, ToLauncher, ToSupervisor, channel, receive, send};
@@ -44,7 +44,7 @@ struct Effect {
 
 impl Live {
     /// Whether `descriptor` is a copy of the callers' end of the handle: what is sent into our end comes out of it.
-    fn is_other_end(&self, descriptor: &OwnedFd) -> bool {
+    fn is_other_end(&self, descriptor: &Foreign) -> bool {
         let _one = self.proof.lock().unwrap_or_else(PoisonError::into_inner);
         let mut nonce = [0; NONCE_BYTES];
         let mut heard = [0; NONCE_BYTES];
@@ -116,7 +116,7 @@ impl Core {
         connection: &mut Connection,
         asker: &Asker,
         wish: Provision,
-        descriptors: Vec<OwnedFd>,
+        descriptors: Vec<Foreign>,
     ) -> Result<(), End> {
         let Provision { policy, environment, path, workspace, limits } = wish;
         let named: Vec<usize> = workspace.iter().map(|workspace| workspace.descriptor).collect();
@@ -125,6 +125,7 @@ impl Core {
         let run = Run { policy, command, environment, path, streams: [None; 3], workspace, limits };
         let allowed = may_use(&run.policy, &asker.rights)
             .and_then(|()| all_named(&named, &descriptors))
+            .and_then(|()| is_lendable(run.workspace.as_ref(), &descriptors))
             .and_then(|()| self.book(&run, asker.peer));
         let sandbox = match allowed {
             Ok(sandbox) => sandbox,
@@ -147,11 +148,11 @@ impl Core {
             handle: Some(name.clone()),
             process: process.as_ref().map(|_| descriptors.len()),
         };
-        let given: Vec<_> =
-            [&ours].into_iter().chain(&descriptors).chain(&process).map(AsFd::as_fd).collect();
+        let request = descriptors.iter().map(AsFd::as_fd).chain(process.as_ref().map(AsFd::as_fd));
+        let given: Vec<_> = std::iter::once(ours.as_fd()).chain(request).collect();
         let started =
             self.start(start, &given).await.and_then(|channel| Ok((packets(channel)?, packets(ours)?)));
-        discard(descriptors);
+        drop(descriptors);
         let (channel, handle) = match started {
             Ok(started) => started,
             Err(error) => {
@@ -224,7 +225,7 @@ impl Core {
         connection: &mut Connection,
         asker: &Asker,
         wish: Execute,
-        descriptors: Vec<OwnedFd>,
+        descriptors: Vec<Foreign>,
         more: bool,
     ) -> Result<(), End> {
         let Execute { handle, effect, command, environment, path, streams } = wish;
@@ -244,7 +245,7 @@ impl Core {
         }
         let live = self.table().lives.get(&name_of(&descriptors[handle])).cloned();
         let Some(live) = live.filter(|live| live.is_other_end(&descriptors[handle])) else {
-            discard(descriptors);
+            drop(descriptors);
             return connection.error(format!("{INTERFACE}.NoSuchHandle"), json!({ "handle": handle })).await;
         };
         let (number, heard, is_new) = match live.effect(&effect) {
@@ -252,7 +253,7 @@ impl Core {
             Err(denial) => return self.deny(connection, asker.peer, "Execute", denial).await,
         };
         if !is_new {
-            discard(descriptors);
+            drop(descriptors);
             let outcome = heard.borrow().clone();
             let state = if outcome.is_some() { Progress::Finished } else { Progress::Running };
             return connection.reply(Executed { sandbox: live.id.clone(), state, outcome }, false).await;
@@ -274,7 +275,7 @@ impl Core {
             streams: streams.map(|stream| stream.is_some()),
         };
         let told = live.tell(&order, &given).await;
-        discard(descriptors);
+        drop(descriptors);
         told.map_err(|_| End::Failed)?;
         self.wait(connection, &live, heard, more).await
     }
