@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::thread::JoinHandle;
 
-use nix::sys::signal::{SigSet, Signal as NixSignal};
+use nix::sys::signal::SigSet;
 use rustix::fs::{CWD, Mode as FileMode, OFlags, ResolveFlags, openat2};
 use rustix::pipe::{PipeFlags, pipe_with};
 use sandbox::{Stream, Wishes, WorkspaceMode};
@@ -63,8 +63,7 @@ pub fn run(mut client: Client, socket: &Path, policy: &str, wishes: Wishes) -> R
             cpus: wishes.cpus,
         }),
     };
-    let signals =
-        SigSet::from_iter([NixSignal::SIGHUP, NixSignal::SIGINT, NixSignal::SIGQUIT, NixSignal::SIGTERM]);
+    let signals = SigSet::from_iter(sandbox::PASSED_ON);
     signals.thread_block().map_err(io::Error::from)?;
     let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
     client.send("Run", &run, true, &borrowed)?;

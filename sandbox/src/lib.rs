@@ -1,7 +1,7 @@
 //! Policy to plan to confined process.
 //!
 //! [`Policy`] says what a kind of run may do. [`Job::narrow`] puts one run's wishes under it. [`Plan::make`] decides, purely, what
-//! that comes to on a [`Host`]. [`run`] does it: it is the one function that tells the story.
+//! that comes to on a [`Host`]. [`run`] does it, and [`live`] keeps it for more than one command.
 
 mod cgroup;
 mod confine;
@@ -44,5 +44,6 @@ pub use policy::{
 pub use report::{Denials, Enforcement, Outcome, Report, Usage};
 pub use slot::SlotError;
 pub use streams::classify as classify_streams;
+pub use supervise::PASSED_ON;
 pub use sys::{drop_bounding_set, take_passed_descriptor};
 pub use workspace::WorkspaceError;

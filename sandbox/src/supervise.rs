@@ -15,7 +15,7 @@ use crate::init::{MESSAGE_BYTES, Message};
 use crate::streams::CallersTerminal;
 
 /// The signals that are passed on to the command.
-const PASSED_ON: [NixSignal; 6] = [
+pub const PASSED_ON: [NixSignal; 6] = [
     NixSignal::SIGHUP,
     NixSignal::SIGINT,
     NixSignal::SIGQUIT,

@@ -3,6 +3,7 @@
 
 mod decide;
 mod lives;
+mod run;
 mod service;
 
 use std::collections::BTreeMap;
@@ -20,10 +21,9 @@ use super::audit::{Audit, bounded, now_ms, short};
 use super::config::{Accounts, Config, Peer, Rights, Verb};
 use super::inner::{FromSupervisor, Start, ToCore, ToLauncher, channel, receive, send};
 use crate::connection::{Connection, End, Foreign};
-use crate::protocol::{Code, Denial, INTERFACE, Named, Ran, Run, Sandbox, Sandboxes, Signal};
+use crate::protocol::{Code, Denial, INTERFACE, Named, Run, Sandbox, Sandboxes, Signal};
 use crate::say::complain;
 use crate::wire::{self, Breach, Call};
-use decide::decide;
 use lives::Live;
 
 /// What one uid may have at the same time, and all together.
@@ -32,9 +32,6 @@ const SANDBOXES_MAX: usize = 256;
 const CONNECTIONS_ALL_MAX: usize = 1024;
 /// Denials and breaches of one uid that are recorded one by one.
 const DENIALS_A_SECOND: u32 = 20;
-/// The signals that a peer may pass on: those that `broker exec` passes on.
-const SIGNALS: [i32; 6] =
-    [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2];
 
 /// The core.
 pub struct Core {
@@ -57,9 +54,24 @@ struct Table {
     /// Those that wait for commands, by the kernel's name for the callers' end of their handle.
     lives: BTreeMap<String, Arc<Live>>,
     connections: BTreeMap<u32, usize>,
-    /// Of each uid: since when the second counts, how many in it, how many were not recorded.
-    denials: BTreeMap<u32, (Instant, u32, u64)>,
+    denials: BTreeMap<u32, Denials>,
     started: u64,
+}
+
+/// Denials and breaches of one uid.
+struct Denials {
+    /// When the second began that counts.
+    since: Instant,
+    /// How many were recorded in it.
+    recorded: u32,
+    /// How many were not, since the last that was.
+    folded: u64,
+}
+
+impl Denials {
+    fn now() -> Denials {
+        Denials { since: Instant::now(), recorded: 0, folded: 0 }
+    }
 }
 
 /// Serves until the launcher goes away. The listening socket is what it gave.
@@ -97,11 +109,11 @@ async fn hear(core: Arc<Core>) -> io::Result<()> {
                 let Some(channel) = channels.next() else { continue };
                 let id = sandbox.id.clone();
                 core.table().sandboxes.insert(id.clone(), sandbox);
-                let core = Arc::clone(&core);
+                let (core, channel) = (Arc::clone(&core), packets(channel)?);
                 match handle.zip(channels.next()) {
-                    Some((name, handle)) => core.adopt(id, name, packets(channel)?, packets(handle)?),
+                    Some((name, handle)) => core.adopt(id, name, channel, packets(handle)?),
                     None => drop(tokio::spawn(async move {
-                        let ended = heard(channel).await;
+                        let ended = hear_supervisor(&channel).await;
                         core.finish(&id, &ended).await;
                     })),
                 }
@@ -228,7 +240,7 @@ impl Core {
             }
             (INTERFACE, "Signal") => {
                 let Signal { sandbox, signal } = parameters(&call)?;
-                if !SIGNALS.contains(&signal) {
+                if !sandbox::PASSED_ON.iter().any(|passed| *passed as i32 == signal) {
                     let message = format!("signal {signal} is not passed on");
                     return self
                         .deny(connection, asker.peer, method, Denial::new(Code::Signal, message))
@@ -252,94 +264,12 @@ impl Core {
         }
     }
 
-    /// The life of a run: record, start, wait, record, answer.
-    async fn run(
-        &self,
-        connection: &mut Connection,
-        asker: &Asker,
-        run: Run,
-        descriptors: Vec<Foreign>,
-        more: bool,
-    ) -> Result<(), End> {
-        let peer = asker.peer;
-        let allowed = decide(&run, &asker.rights, &descriptors).and_then(|()| self.book(&run, peer));
-        let sandbox = match allowed {
-            Ok(sandbox) => sandbox,
-            Err(denial) => return self.deny(connection, asker.peer, "Run", denial).await,
-        };
-        let id = sandbox.id.clone();
-        let command: Vec<&str> = run.command.iter().map(|word| bounded(word)).take(64).collect();
-        let event = json!({ "kind": "start", "sandbox": id, "uid": peer.uid, "policy": run.policy, "command": command });
-        if !self.audit.record(event).await {
-            self.table().sandboxes.remove(&id);
-            return self.deny(connection, asker.peer, "Run", Denial::not_recorded()).await;
-        }
-        let process = run.workspace.as_ref().and_then(|_| connection.process());
-        let start = Start {
-            sandbox,
-            peer: peer.into(),
-            run,
-            handle: None,
-            process: process.as_ref().map(|_| descriptors.len()),
-        };
-        let given: Vec<_> =
-            descriptors.iter().map(AsFd::as_fd).chain(process.as_ref().map(AsFd::as_fd)).collect();
-        let ended = match self.start(start, &given).await {
-            Ok(channel) => {
-                drop(descriptors);
-                self.watch(connection, &id, channel, more).await
-            }
-            Err(error) => Ok(not_started(format!("the launcher: {error}"))),
-        };
-        let (ended, gone) = match ended {
-            Ok(ended) => (ended, None),
-            Err((ended, end)) => (ended, Some(end)),
-        };
-        self.finish(&id, &ended).await;
-        if let Some(end) = gone {
-            return Err(end);
-        }
-        match ended {
-            FromSupervisor::Ended { report } => {
-                connection.reply(Ran { sandbox: id, report: Some(report) }, false).await
-            }
-            FromSupervisor::Denied { denial } => self.deny(connection, asker.peer, "Run", denial).await,
-            ended => self.not_started(connection, ended).await,
-        }
-    }
-
     async fn not_started(&self, connection: &Connection, ended: FromSupervisor) -> Result<(), End> {
         let FromSupervisor::NotStarted { message, report } = ended else {
             return Err(End::Failed);
         };
         let parameters = json!({ "message": message, "report": report });
         connection.error(format!("{INTERFACE}.NotStarted"), parameters).await
-    }
-
-    /// Waits for the end of a sandbox; a caller that goes away ends it. With `more` the caller is told of its beginning.
-    async fn watch(
-        &self,
-        connection: &mut Connection,
-        id: &str,
-        channel: OwnedFd,
-        more: bool,
-    ) -> Result<FromSupervisor, (FromSupervisor, End)> {
-        let mut ended = std::pin::pin!(heard(channel));
-        let gone = async {
-            if more
-                && let Err(end) = connection.reply(Ran { sandbox: id.to_owned(), report: None }, true).await
-            {
-                return end;
-            }
-            connection.gone().await
-        };
-        tokio::select! {
-            ended = &mut ended => Ok(ended),
-            gone = gone => {
-                let _ = self.tell(&ToLauncher::End { id: id.to_owned() }, &[]).await;
-                Err((ended.await, gone))
-            }
-        }
     }
 
     /// A name and a place in the table, if there is room.
@@ -411,22 +341,24 @@ impl Core {
     /// How many were not recorded since the last that was; nothing where this one is not either. Only repetition is folded
     /// together: the first of a second are recorded one by one, and who asks more often waits.
     async fn denial_to_record(&self, peer: Peer) -> Option<u64> {
-        let is_first = {
+        let repeated = {
             let mut table = self.table();
-            let denials = table.denials.entry(peer.uid).or_insert((Instant::now(), 0, 0));
-            if denials.0.elapsed() >= Duration::from_secs(1) {
-                (denials.0, denials.1) = (Instant::now(), 0);
+            let denials = table.denials.entry(peer.uid).or_insert_with(Denials::now);
+            if denials.since.elapsed() >= Duration::from_secs(1) {
+                (denials.since, denials.recorded) = (Instant::now(), 0);
             }
-            denials.1 += 1;
-            if denials.1 <= DENIALS_A_SECOND { Some(std::mem::take(&mut denials.2)) } else { None }
+            if denials.recorded < DENIALS_A_SECOND {
+                denials.recorded += 1;
+                Some(std::mem::take(&mut denials.folded))
+            } else {
+                denials.folded += 1;
+                None
+            }
         };
-        if is_first.is_none() {
-            if let Some(denials) = self.table().denials.get_mut(&peer.uid) {
-                denials.2 += 1;
-            }
+        if repeated.is_none() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        is_first
+        repeated
     }
 
     async fn deny(
@@ -454,16 +386,11 @@ fn packets(channel: OwnedFd) -> io::Result<UnixStream> {
     UnixStream::from_std(channel)
 }
 
-/// The one message of a supervisor.
-async fn heard(channel: OwnedFd) -> FromSupervisor {
-    let received = async {
-        let channel = packets(channel)?;
-        channel
-            .async_io(Interest::READABLE, || receive::<FromSupervisor>(&channel, RecvFlags::DONTWAIT))
-            .await
-    };
-    match received.await {
-        Ok(Some((ended, _))) => ended,
+/// The next message of a supervisor; that it was ended, where there is none.
+async fn hear_supervisor(channel: &UnixStream) -> FromSupervisor {
+    let heard = || receive::<FromSupervisor>(channel, RecvFlags::DONTWAIT);
+    match channel.async_io(Interest::READABLE, heard).await {
+        Ok(Some((said, _))) => said,
         Ok(None) => not_started("its supervisor was ended".to_owned()),
         Err(error) => not_started(format!("its supervisor: {error}")),
     }

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal as NixSignal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::{RecvFlags, SendFlags};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
 use super::config::Config;
-use super::inner::{Start, ToCore, ToLauncher, channel, receive, send};
+use super::inner::{Start, ToCore, ToLauncher, channel, receive, send, until};
 use super::supervisor;
 use crate::protocol::Sandbox;
 use crate::say::complain;
@@ -100,9 +100,9 @@ impl Launcher {
 
     /// Waits, and hears meanwhile whether that is all.
     fn told_to_stop(&mut self, pause: Duration) -> io::Result<bool> {
-        let until = Instant::now() + pause;
+        let then = Instant::now() + pause;
         loop {
-            match poll(&mut [PollFd::new(&self.signals, PollFlags::IN)], Some(&timespec(until))) {
+            match poll(&mut [PollFd::new(&self.signals, PollFlags::IN)], Some(&until(then))) {
                 Ok(0) => return Ok(false),
                 Ok(_) if self.stop_was_asked_for() => return Ok(true),
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -155,7 +155,7 @@ impl Launcher {
         let mut waits =
             vec![PollFd::new(&core.channel, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
         waits.extend(alive.iter().map(|(_, supervisor)| PollFd::new(*supervisor, PollFlags::IN)));
-        let next_ping = self.watchdog.map(|(interval, last)| timespec(last + interval));
+        let next_ping = self.watchdog.map(|(interval, last)| until(last + interval));
         match poll(&mut waits, next_ping.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
@@ -258,10 +258,4 @@ impl Launcher {
         }
         Ok(())
     }
-}
-
-/// From now until `then`.
-fn timespec(then: Instant) -> Timespec {
-    let left = then.saturating_duration_since(Instant::now());
-    Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() }
 }

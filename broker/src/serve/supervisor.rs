@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::io;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::{RecvFlags, SendFlags};
 use sandbox::{
@@ -13,7 +13,7 @@ use sandbox::{
     Terminal, Wishes, WorkspaceMode, WorkspaceWish,
 };
 
-use super::inner::{FromSupervisor, Start, ToSupervisor, receive, send};
+use super::inner::{FromSupervisor, Start, ToSupervisor, receive, send, until};
 use crate::library::Policies;
 use crate::protocol::{Code, Denial, Directory, Limits, Mode, Run, Variable};
 
@@ -141,10 +141,7 @@ impl Attendant<'_> {
         send(self.channel, &FromSupervisor::Ready, &[], SendFlags::empty())?;
         loop {
             let soonest = self.under_way.iter().filter_map(|command| command.deadline).min();
-            let left = soonest.map(|deadline| {
-                let left = deadline.saturating_duration_since(Instant::now());
-                Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() }
-            });
+            let left = soonest.map(until);
             let [signals, said] = [orders.signals(), orders.channel()];
             let mut waits = [
                 PollFd::new(&signals, PollFlags::IN),

@@ -268,3 +268,19 @@ fn whoever_waits_hears_of_the_end() {
     assert_eq!(reply["error"], "io.broker.Control.NotStarted", "{reply}");
     assert_eq!(peer.execute(&handle, "two", "true").0["error"], "io.broker.Control.NoSuchHandle");
 }
+
+/// What is too long to be begun has ended, and does not run for ever in the record.
+#[test]
+fn a_command_that_cannot_be_begun_is_finished() {
+    let daemon = Daemon::start();
+    let peer = Peer::new(&daemon);
+    let (_, handle) = peer.provision(None);
+    for turn in 0..2 {
+        let (reply, _) = peer.execute(&handle, "long", &"x".repeat(200_000));
+        assert_eq!(reply["state"], "finished", "turn {turn}: {reply}");
+        assert_eq!(reply["outcome"]["kind"], "setup_failed", "turn {turn}: {reply}");
+    }
+    assert_eq!(peer.execute(&handle, "short", "echo here").1, "here\n");
+    let ended = daemon.records().iter().filter(|record| record["event"]["kind"] == "executed").count();
+    assert_eq!(ended, 2);
+}

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::net::{RecvFlags, SendFlags};
 use serde_json::{Value, json};
@@ -12,11 +12,11 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use super::decide::{all_named, all_pipes, is_lendable, may_use, name_of};
-use super::{Asker, Core, not_started, packets};
+use super::{Asker, Core, hear_supervisor, not_started, packets};
 use crate::connection::{Connection, End, Foreign};
 use crate::protocol::{Code, Denial, Execute, Executed, INTERFACE, Progress, Provision, Provisioned, Run};
 use crate::serve::audit::{self, bounded};
-use crate::serve::inner::{FromSupervisor, Start, ToLauncher, ToSupervisor, channel, receive, send};
+use crate::serve::inner::{FromSupervisor, Start, ToLauncher, ToSupervisor, channel, send};
 
 /// The longest name of an effect, in bytes, and how many a sandbox remembers.
 const EFFECT_BYTES_MAX: usize = 128;
@@ -30,9 +30,23 @@ pub struct Live {
     channel: UnixStream,
     /// Our end of the handle; the others are the callers'.
     handle: UnixStream,
-    effects: Mutex<BTreeMap<String, Effect>>,
+    effects: Mutex<Effects>,
     /// One who proves holding it at a time.
     proof: Mutex<()>,
+}
+
+/// Those of a sandbox, by name and by number.
+#[derive(Default)]
+struct Effects {
+    by_name: BTreeMap<String, Effect>,
+    names: BTreeMap<u32, String>,
+}
+
+impl Effects {
+    fn insert(&mut self, name: String, effect: Effect) {
+        self.names.insert(effect.number, name.clone());
+        self.by_name.insert(name, effect);
+    }
 }
 
 /// What was asked for under one name.
@@ -59,31 +73,34 @@ impl Live {
 
     /// The number of the effect, and what there is of an outcome; and whether it is new.
     fn effect(&self, name: &str) -> Result<(u32, watch::Receiver<Option<Value>>, bool), Denial> {
-        let mut effects = self.effects.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(effect) = effects.get(name) {
+        let mut effects = self.effects();
+        if let Some(effect) = effects.by_name.get(name) {
             return Ok((effect.number, effect.outcome.subscribe(), false));
         }
-        if effects.len() >= EFFECTS_MAX {
+        if effects.by_name.len() >= EFFECTS_MAX {
             return Err(Denial::new(
                 Code::TooMany,
                 format!("{EFFECTS_MAX} commands were run in this sandbox already"),
             ));
         }
-        let number = effects.values().map(|effect| effect.number).max().unwrap_or(0) + 1;
+        let number = effects.names.last_key_value().map_or(0, |(last, _)| *last) + 1;
         let (outcome, heard) = watch::channel(None);
         effects.insert(name.to_owned(), Effect { number, outcome });
         Ok((number, heard, true))
     }
 
     fn forget(&self, name: &str) {
-        self.effects.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        let mut effects = self.effects();
+        if let Some(effect) = effects.by_name.remove(name) {
+            effects.names.remove(&effect.number);
+        }
     }
 
     /// Notes how a command ended; the effect's name.
     fn ended(&self, number: u32, outcome: &Value) -> Option<String> {
-        let effects = self.effects.lock().unwrap_or_else(PoisonError::into_inner);
-        let (name, effect) = effects.iter().find(|(_, effect)| effect.number == number)?;
-        effect.outcome.send_replace(Some(outcome.clone()));
+        let effects = self.effects();
+        let name = effects.names.get(&number)?;
+        effects.by_name.get(name)?.outcome.send_replace(Some(outcome.clone()));
         Some(name.clone())
     }
 
@@ -92,13 +109,8 @@ impl Live {
         self.channel.async_io(Interest::WRITABLE, send).await
     }
 
-    async fn hear(&self) -> FromSupervisor {
-        let heard = || receive::<FromSupervisor>(&self.channel, RecvFlags::DONTWAIT);
-        match self.channel.async_io(Interest::READABLE, heard).await {
-            Ok(Some((said, _))) => said,
-            Ok(None) => not_started("its supervisor was ended".to_owned()),
-            Err(error) => not_started(format!("its supervisor: {error}")),
-        }
+    fn effects(&self) -> MutexGuard<'_, Effects> {
+        self.effects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns when the last copy of the handle is closed, or somebody writes into it, which nobody has to.
@@ -123,6 +135,7 @@ impl Core {
         // A sandbox that waits has no command; what stands here is never run.
         let command = vec!["(none)".to_owned()];
         let run = Run { policy, command, environment, path, streams: [None; 3], workspace, limits };
+        let (ours, theirs) = channel().map_err(|_| End::Failed)?;
         let allowed = may_use(&run.policy, &asker.rights)
             .and_then(|()| all_named(&named, &descriptors))
             .and_then(|()| is_lendable(run.workspace.as_ref(), &descriptors))
@@ -139,7 +152,6 @@ impl Core {
             return self.deny(connection, asker.peer, "Provision", Denial::not_recorded()).await;
         }
         let process = run.workspace.as_ref().and_then(|_| connection.process());
-        let (ours, theirs) = channel().map_err(|_| End::Failed)?;
         let name = name_of(&theirs);
         let start = Start {
             sandbox,
@@ -161,8 +173,8 @@ impl Core {
                 return self.not_started(connection, ended).await;
             }
         };
-        let live = Arc::new(Live::new(id.clone(), channel, handle, BTreeMap::new()));
-        match live.hear().await {
+        let live = Arc::new(Live::new(id.clone(), channel, handle, Effects::default()));
+        match hear_supervisor(&live.channel).await {
             FromSupervisor::Ready => {}
             FromSupervisor::Denied { denial } => {
                 self.finish(&id, &FromSupervisor::Denied { denial: denial.clone() }).await;
@@ -180,11 +192,11 @@ impl Core {
 
     /// Takes over a sandbox that an earlier core has made, with what the record knows of its commands.
     pub(super) fn adopt(self: &Arc<Self>, id: String, name: String, channel: UnixStream, handle: UnixStream) {
-        let effects = audit::effects(&self.config.server.state, &id);
-        let effects = effects
-            .into_iter()
-            .map(|(name, (number, outcome))| (name, Effect { number, outcome: watch::channel(outcome).0 }));
-        self.keep(name, Arc::new(Live::new(id, channel, handle, effects.collect())));
+        let mut effects = Effects::default();
+        for (name, (number, outcome)) in audit::effects(&self.config.server.state, &id) {
+            effects.insert(name, Effect { number, outcome: watch::channel(outcome).0 });
+        }
+        self.keep(name, Arc::new(Live::new(id, channel, handle, effects)));
     }
 
     /// Notes how commands end, and ends the sandbox with the last copy of its handle.
@@ -195,7 +207,7 @@ impl Core {
             let mut held = true;
             let ended = loop {
                 let said = tokio::select! {
-                    said = live.hear() => said,
+                    said = hear_supervisor(&live.channel) => said,
                     () = live.let_go(), if held => {
                         held = false;
                         core.table().lives.remove(&name);
@@ -205,18 +217,22 @@ impl Core {
                 };
                 match said {
                     FromSupervisor::Executed { number, outcome } => {
-                        let effect = live.ended(number, &outcome);
-                        let event = json!({ "kind": "executed", "sandbox": live.id, "effect": effect, "outcome": outcome });
-                        core.audit.record(event).await;
+                        core.note_end(&live, number, outcome).await
                     }
                     FromSupervisor::Ready => {}
                     ended => break ended,
                 }
             };
             core.table().lives.remove(&name);
-            live.effects.lock().unwrap_or_else(PoisonError::into_inner).clear();
+            *live.effects() = Effects::default();
             core.finish(&live.id, &ended).await;
         });
+    }
+
+    async fn note_end(&self, live: &Live, number: u32, outcome: Value) {
+        let effect = live.ended(number, &outcome);
+        let event = json!({ "kind": "executed", "sandbox": live.id, "effect": effect, "outcome": outcome });
+        self.audit.record(event).await;
     }
 
     /// Runs a command in the sandbox whose handle was presented.
@@ -276,7 +292,11 @@ impl Core {
         };
         let told = live.tell(&order, &given).await;
         drop(descriptors);
-        told.map_err(|_| End::Failed)?;
+        if let Err(error) = told {
+            // Its words are too long together, or the supervisor is gone: it was not begun, and that is how it ended.
+            let outcome = json!({ "kind": "setup_failed", "step": "command", "message": error.to_string() });
+            self.note_end(&live, number, outcome).await;
+        }
         self.wait(connection, &live, heard, more).await
     }
 
@@ -307,7 +327,7 @@ impl Core {
 }
 
 impl Live {
-    fn new(id: String, channel: UnixStream, handle: UnixStream, effects: BTreeMap<String, Effect>) -> Live {
+    fn new(id: String, channel: UnixStream, handle: UnixStream, effects: Effects) -> Live {
         Live { id, channel, handle, effects: Mutex::new(effects), proof: Mutex::new(()) }
     }
 }
