@@ -174,6 +174,9 @@ pub struct ExecArguments {
     /// Run through the daemon that listens there, and not at all where none does
     #[arg(long, value_name = "SOCKET")]
     pub connect: Option<PathBuf>,
+    /// Run in a sandbox of one's own that lives in the daemon, beside what runs there
+    #[arg(long = "in", value_name = "ID", conflicts_with_all = ["policy", "workspace", "timeout", "memory", "pids", "cpus", "tty", "embedded"])]
+    pub sandbox: Option<String>,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,

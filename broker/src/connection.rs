@@ -100,8 +100,15 @@ impl Connection {
         Ok(())
     }
 
-    /// Sends a reply that hands `descriptor` over, on its first byte.
+    /// Sends a reply that hands `descriptor` over, on its first byte. What was said before has been read by then: a peer that
+    /// does not read has at most one descriptor of ours in flight.
     pub async fn hand_over<T: Serialize>(&self, parameters: T, descriptor: OwnedFd) -> Result<(), End> {
+        let read = async {
+            while sandbox::unread_by_peer(&self.stream).is_ok_and(|unread| unread > 0) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(PATIENCE, read).await.map_err(|_| End::Failed)?;
         let reply = Reply { parameters, continues: false, error: None };
         let mut bytes = serde_json::to_vec(&reply).map_err(|_| End::Failed)?;
         bytes.push(0);

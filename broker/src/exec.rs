@@ -24,6 +24,9 @@ pub fn run(arguments: ExecArguments) -> ExitCode {
         Err(error) => return cannot_report(report_to.as_deref(), &error),
     };
     match daemon(&arguments) {
+        Ok(Some((socket, client))) if arguments.sandbox.is_some() => {
+            return in_living(arguments, client, &socket, report_file.as_ref());
+        }
         Ok(Some((socket, client))) => return through(arguments, client, &socket, report_file.as_ref()),
         Ok(None) => {}
         Err(error) => return refuse(&error),
@@ -70,6 +73,9 @@ fn daemon(arguments: &ExecArguments) -> Result<Option<(PathBuf, Client)>, String
                 format!("no daemon answers at {}: {error}; start `broker serve`", socket.display())
             })
         }
+        None if arguments.sandbox.is_some() => Client::connect(Path::new(SOCKET))
+            .map(|client| Some((SOCKET.into(), client)))
+            .map_err(|error| format!("no daemon answers at {SOCKET}: {error}; --in needs one")),
         None if own || arguments.embedded => Ok(None),
         None => Ok(Client::connect(Path::new(SOCKET)).ok().map(|client| (SOCKET.into(), client))),
     }
@@ -86,21 +92,56 @@ fn through(
     let name = arguments.policy.clone();
     let policy = Policies::of_host().load(&name).map_err(|error| error.to_string());
     // Which variables are passed on is the policy's; without it the daemon has the last word anyway.
-    let wishes = policy.and_then(|policy| wishes(arguments, &policy));
+    let wishes = policy.and_then(|policy| wishes(arguments, Some(&policy)));
     let wishes = match wishes {
         Ok(wishes) => wishes,
         Err(error) => return refuse(&error),
     };
-    let command = wishes.command.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let (mut report, status) = match through_daemon::run(client, socket, &name, wishes) {
+    let command = name_of(&wishes);
+    let ran = through_daemon::run(client, socket, &name, wishes);
+    say_what_came(ran, &command, socket, report_to.as_deref(), report_file)
+}
+
+/// A run in a sandbox that lives in the daemon.
+fn in_living(
+    arguments: ExecArguments,
+    client: Client,
+    socket: &Path,
+    report_file: Option<&ReportFile>,
+) -> ExitCode {
+    let report_to = arguments.report.clone();
+    let sandbox = arguments.sandbox.clone().unwrap_or_default();
+    let wishes = match wishes(arguments, None) {
+        Ok(wishes) => wishes,
+        Err(error) => return refuse(&error),
+    };
+    let ran = through_daemon::run_in(client, socket, &sandbox, &wishes);
+    say_what_came(ran, &name_of(&wishes), socket, report_to.as_deref(), report_file)
+}
+
+fn name_of(wishes: &Wishes) -> String {
+    wishes.command.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+fn say_what_came(
+    ran: Result<serde_json::Value, ClientError>,
+    command: &str,
+    socket: &Path,
+    report_to: Option<&Path>,
+    report_file: Option<&ReportFile>,
+) -> ExitCode {
+    let (mut report, status) = match ran {
         Ok(report) => {
             let outcome = serde_json::from_value::<Outcome>(report["outcome"].clone());
             let status = match &outcome {
                 Ok(outcome) => {
-                    explain(outcome, &command);
+                    explain(outcome, command);
                     outcome.exit_status()
                 }
-                Err(_) => CANNOT,
+                Err(_) => {
+                    complain!("it could not be begun: {}", report["outcome"]["message"]);
+                    CANNOT
+                }
             };
             (report, status)
         }
@@ -116,7 +157,7 @@ fn through(
     if let Some(file) = report_file
         && let Err(error) = file.write(&text)
     {
-        return cannot_report(report_to.as_deref(), &error);
+        return cannot_report(report_to, &error);
     }
     ExitCode::from(status)
 }
@@ -124,19 +165,18 @@ fn through(
 /// From arguments to a plan: parse, look up, narrow, plan.
 fn prepare(arguments: ExecArguments) -> Result<(Policy, Plan), String> {
     let policy = Policies::of_caller().load(&arguments.policy).map_err(|error| error.to_string())?;
-    let wishes = wishes(arguments, &policy)?;
+    let wishes = wishes(arguments, Some(&policy))?;
     let job = Job::narrow(&policy, wishes).map_err(|error| error.to_string())?;
     let host = Host::probe(&policy, Caller::current(std::env::var_os("HOME"), std::env::var_os("PATH")));
     let plan = Plan::make(&policy, &job, &host).map_err(|error| error.to_string())?;
     Ok((policy, plan))
 }
 
-fn wishes(arguments: ExecArguments, policy: &Policy) -> Result<Wishes, String> {
+/// Without a policy nothing is passed on but what is named.
+fn wishes(arguments: ExecArguments, policy: Option<&Policy>) -> Result<Wishes, String> {
     let passed = policy
-        .file()
-        .env
-        .pass
-        .iter()
+        .into_iter()
+        .flat_map(|policy| &policy.file().env.pass)
         .filter_map(|name| Some((name.clone(), std::env::var_os(name.as_str())?)));
     let mut env: Vec<_> = passed.collect();
     for EnvArgument { name, value } in arguments.env {

@@ -46,19 +46,18 @@ pub fn list(socket: &Path, json: bool) -> ExitCode {
         let line = |sandbox: &Sandbox| {
             // A command may hold anything; a terminal is told of it in JSON's escapes.
             let command = serde_json::to_string(&sandbox.command.join(" ")).unwrap_or_default();
-            format!("{:<18} {:<10} {:<10} {command}\n", sandbox.id, sandbox.uid, sandbox.policy)
+            let session = sandbox.session.as_deref().unwrap_or("-");
+            format!("{:<18} {:<10} {:<10} {session:<10} {command}\n", sandbox.id, sandbox.uid, sandbox.policy)
         };
-        let head = format!("{:<18} {:<10} {:<10} {}\n", "SANDBOX", "UID", "POLICY", "COMMAND");
+        let head =
+            format!("{:<18} {:<10} {:<10} {:<10} {}\n", "SANDBOX", "UID", "POLICY", "SESSION", "COMMAND");
         Ok(head + &sandboxes.iter().map(line).collect::<String>())
     }))
 }
 
 /// `broker inspect`
 pub fn inspect(socket: &Path, id: &str) -> ExitCode {
-    exit(all(socket).and_then(|sandboxes| {
-        let found = sandboxes.into_iter().find(|sandbox| sandbox.id == id);
-        let found =
-            found.ok_or_else(|| format!("no sandbox {id} that you may know of; `broker ps` lists those"))?;
+    exit(call::<Value>(socket, "Inspect", &Named { sandbox: id.to_owned() }).and_then(|found| {
         serde_json::to_string_pretty(&found).map(|text| text + "\n").map_err(|error| error.to_string())
     }))
 }

@@ -1,6 +1,6 @@
 //! What `io.broker.Control` says, as types. The interface's own file, `io.broker.Control.varlink`, is what peers see.
 
-use sandbox::{ByteSize, Count, Cpus, EnvName, Span};
+use sandbox::{ByteSize, Count, Cpus, EnvName, PolicyName, Span};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -63,7 +63,11 @@ pub struct Provisioned {
 #[serde(deny_unknown_fields)]
 pub struct Execute {
     /// The position of the handle.
-    pub handle: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handle: Option<usize>,
+    /// Instead of a handle: one of the caller's own by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<String>,
     /// The caller's name for what it does.
     pub effect: String,
     /// The command and its arguments.
@@ -86,6 +90,81 @@ pub struct Executed {
     /// How it ended, once it has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub outcome: Option<Value>,
+}
+
+/// Parameters of `HandOver`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HandOver {
+    /// The position of the handle.
+    pub handle: usize,
+    /// How the next holder gets it.
+    pub mode: Taking,
+}
+
+/// How another principal gets a sandbox whose handle it was passed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Taking {
+    /// What runs in it is ended; the same files get new namespaces.
+    Fresh,
+    /// As it runs.
+    Live,
+}
+
+/// Parameters of `Narrow`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Narrow {
+    /// The session that the channel is for.
+    pub session: String,
+    /// What may be asked for on it.
+    pub policies: Vec<PolicyName>,
+}
+
+/// A reply to `Narrow`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Minted {
+    /// The position of the channel.
+    pub channel: usize,
+}
+
+/// A reply to `Inspect`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Inspected {
+    /// As it is listed.
+    pub sandbox: Sandbox,
+    /// What runs in it, where it lives on.
+    pub running: Vec<Running>,
+}
+
+/// A command that runs in a sandbox that lives.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Running {
+    /// Its caller's name for it.
+    pub effect: String,
+}
+
+/// A reply to `Metrics`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Measured {
+    /// In Prometheus' text format.
+    pub text: String,
+}
+
+/// Parameters of `Records`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecordsFrom {
+    /// The first that is wanted.
+    pub from: u64,
+}
+
+/// A reply to `Records`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Recorded {
+    /// Oldest first.
+    pub records: Vec<Value>,
 }
 
 /// How far a command is.
@@ -176,6 +255,9 @@ pub struct Signal {
     pub sandbox: String,
     /// As in signal(7).
     pub signal: i32,
+    /// The command that it is for, where the sandbox lives on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub effect: Option<String>,
 }
 
 /// A sandbox that lives.
@@ -187,6 +269,9 @@ pub struct Sandbox {
     pub policy: String,
     /// Who asked for it.
     pub uid: u32,
+    /// For which of its sessions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<String>,
     /// What runs in it.
     pub command: Vec<String>,
     /// Milliseconds since 1970.
@@ -216,6 +301,8 @@ pub enum Code {
     Audit,
     /// The signal is none that is passed on.
     Signal,
+    /// The configuration does not give the caller this right.
+    NotYours,
 }
 
 /// A denial: the code, and for people why.
@@ -231,6 +318,11 @@ impl Denial {
     /// What cannot be recorded is not done.
     pub fn not_recorded() -> Denial {
         Denial::new(Code::Audit, "the act cannot be recorded, so it is not done")
+    }
+
+    /// A right that the configuration does not give.
+    pub fn not_yours(verb: &str) -> Denial {
+        Denial::new(Code::NotYours, format!("the right `{verb}` is not yours; the administrator grants it"))
     }
 
     /// With a message.

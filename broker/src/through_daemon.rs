@@ -1,58 +1,34 @@
 //! `broker exec` through the daemon: the caller opens what is its own, and only pipes go over.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
 use nix::sys::signal::SigSet;
 use rustix::fs::{CWD, Mode as FileMode, OFlags, ResolveFlags, openat2};
 use rustix::pipe::{PipeFlags, pipe_with};
 use sandbox::{Stream, Wishes, WorkspaceMode};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::client::{Client, ClientError};
-use crate::protocol::{Directory, Limits, Mode, Ran, Run, Signal, Variable};
+use crate::protocol::{Directory, Execute, Executed, Limits, Mode, Ran, Run, Signal, Variable};
 use crate::say::complain;
 
 /// Runs the command of `wishes` under the policy of that name, and returns the report.
 pub fn run(mut client: Client, socket: &Path, policy: &str, wishes: Wishes) -> Result<Value, ClientError> {
-    let mut descriptors = Vec::new();
-    let mut pumps = Vec::new();
-    let mut streams = [None; 3];
-    for (number, stream) in wishes.streams.iter().enumerate() {
-        let given = match stream {
-            Stream::Pipe => Some(standard(number)?),
-            Stream::Null | Stream::Closed => None,
-            Stream::Other => Some(pump(number, &mut pumps)?),
-        };
-        streams[number] = given.map(|given| {
-            descriptors.push(given);
-            descriptors.len() - 1
-        });
-    }
+    let Offered { mut descriptors, streams, pumps } = Offered::of(&wishes)?;
     let workspace = wishes.workspace.as_ref().map(|wish| -> io::Result<Directory> {
         descriptors.push(open(&wish.directory)?);
         let mode = if wish.mode == WorkspaceMode::ReadOnly { Mode::Ro } else { Mode::Rw };
         Ok(Directory { descriptor: descriptors.len() - 1, name: wish.directory.display().to_string(), mode })
     });
-    let text = |text: &std::ffi::OsStr| {
-        let refused = || {
-            io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "an argument or variable is not UTF-8; use --embedded",
-            )
-        };
-        text.to_str().map(str::to_owned).ok_or_else(refused)
-    };
-    let variable = |(name, value): &(sandbox::EnvName, std::ffi::OsString)| {
-        Ok(Variable { name: name.clone(), value: text(value)? })
-    };
     let run = Run {
         policy: policy.to_owned(),
-        command: wishes.command.iter().map(|word| text(word)).collect::<io::Result<_>>()?,
-        environment: wishes.env.iter().map(variable).collect::<io::Result<_>>()?,
+        command: words(&wishes)?,
+        environment: variables(&wishes)?,
         path: std::env::var("PATH").unwrap_or_default(),
         streams,
         workspace: workspace.transpose()?,
@@ -72,9 +48,88 @@ pub fn run(mut client: Client, socket: &Path, policy: &str, wishes: Wishes) -> R
     if let Some(report) = report.filter(|_| !continues) {
         return Ok(finished(report, pumps));
     }
-    pass_signals_on(signals, socket.to_owned(), sandbox);
+    pass_signals_on(signals, socket.to_owned(), sandbox, None);
     let (Ran { report, .. }, _) = client.reply()?;
     Ok(finished(report.unwrap_or_default(), pumps))
+}
+
+/// Runs the command of `wishes` in a sandbox of the caller's that lives, and returns what there is of a report.
+pub fn run_in(
+    mut client: Client,
+    socket: &Path,
+    sandbox: &str,
+    wishes: &Wishes,
+) -> Result<Value, ClientError> {
+    let Offered { descriptors, streams, pumps } = Offered::of(wishes)?;
+    // A name of its own: asking again is another run.
+    let nanoseconds = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
+    let effect = format!("exec-{}-{nanoseconds}", std::process::id());
+    let execute = Execute {
+        handle: None,
+        sandbox: Some(sandbox.to_owned()),
+        effect: effect.clone(),
+        command: words(wishes)?,
+        environment: variables(wishes)?,
+        path: std::env::var("PATH").unwrap_or_default(),
+        streams,
+    };
+    let signals = SigSet::from_iter(sandbox::PASSED_ON);
+    signals.thread_block().map_err(io::Error::from)?;
+    let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+    client.send("Execute", &execute, true, &borrowed)?;
+    drop(descriptors);
+    let (Executed { sandbox, outcome, .. }, continues) = client.reply()?;
+    let outcome = if continues {
+        pass_signals_on(signals, socket.to_owned(), sandbox.clone(), Some(effect));
+        client.reply::<Executed>()?.0.outcome
+    } else {
+        outcome
+    };
+    Ok(finished(json!({ "outcome": outcome, "sandbox": sandbox }), pumps))
+}
+
+/// What goes over of the standard streams.
+struct Offered {
+    descriptors: Vec<OwnedFd>,
+    /// Positions among them.
+    streams: [Option<usize>; 3],
+    pumps: Vec<JoinHandle<()>>,
+}
+
+impl Offered {
+    fn of(wishes: &Wishes) -> io::Result<Offered> {
+        let mut offered = Offered { descriptors: Vec::new(), streams: [None; 3], pumps: Vec::new() };
+        for (number, stream) in wishes.streams.iter().enumerate() {
+            let given = match stream {
+                Stream::Pipe => Some(standard(number)?),
+                Stream::Null | Stream::Closed => None,
+                Stream::Other => Some(pump(number, &mut offered.pumps)?),
+            };
+            offered.streams[number] = given.map(|given| {
+                offered.descriptors.push(given);
+                offered.descriptors.len() - 1
+            });
+        }
+        Ok(offered)
+    }
+}
+
+fn text(text: &OsStr) -> io::Result<String> {
+    let refused = || {
+        io::Error::new(io::ErrorKind::InvalidInput, "an argument or variable is not UTF-8; use --embedded")
+    };
+    text.to_str().map(str::to_owned).ok_or_else(refused)
+}
+
+fn words(wishes: &Wishes) -> io::Result<Vec<String>> {
+    wishes.command.iter().map(|word| text(word)).collect()
+}
+
+fn variables(wishes: &Wishes) -> io::Result<Vec<Variable>> {
+    let variable = |(name, value): &(sandbox::EnvName, OsString)| {
+        Ok(Variable { name: name.clone(), value: text(value)? })
+    };
+    wishes.env.iter().map(variable).collect()
 }
 
 /// What comes out has come out when the last writer is gone, and they all are by now.
@@ -140,12 +195,13 @@ fn open(directory: &Path) -> io::Result<OwnedFd> {
     })
 }
 
-fn pass_signals_on(signals: SigSet, socket: std::path::PathBuf, sandbox: String) {
+fn pass_signals_on(signals: SigSet, socket: PathBuf, sandbox: String, effect: Option<String>) {
     std::thread::spawn(move || {
         while let Ok(signal) = signals.wait() {
-            let passed = Client::connect(&socket).map_err(ClientError::from).and_then(|mut client| {
-                client.call::<Value>("Signal", &Signal { sandbox: sandbox.clone(), signal: signal as i32 })
-            });
+            let passed = Signal { sandbox: sandbox.clone(), signal: signal as i32, effect: effect.clone() };
+            let passed = Client::connect(&socket)
+                .map_err(ClientError::from)
+                .and_then(|mut client| client.call::<Value>("Signal", &passed));
             if let Err(error) = passed {
                 complain!("the signal was not passed on: {error}");
             }

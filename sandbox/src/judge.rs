@@ -8,9 +8,9 @@ use crate::init::Message;
 use crate::launch::LaunchError;
 use crate::plan::{Plan, Step};
 use crate::relay::Copied;
-use crate::report::{Denials, Enforcement, Outcome, Report, Usage};
+use crate::report::{Denials, EndedBy, Enforcement, Outcome, Report, Usage};
 use crate::slot::Slot;
-use crate::supervise::Ended;
+use crate::supervise::{End, Ended};
 
 /// The report of a run that has ended.
 pub(crate) fn report(
@@ -20,8 +20,10 @@ pub(crate) fn report(
     counts: Option<Counts>,
     (ended, copied): (Ended, Option<Copied>),
 ) -> Result<Report, LaunchError> {
+    let outcome = outcome(plan, &ended, counts)?;
     Ok(Report {
-        outcome: outcome(plan, &ended, counts)?,
+        ended_by: if ended.end == End::Told { EndedBy::Broker } else { EndedBy::of(&outcome) },
+        outcome,
         enforcement: enforcement(plan, seccomp_instructions, slot),
         gaps: plan.gaps.clone(),
         usage: usage(&ended, counts, copied),
@@ -35,7 +37,7 @@ fn outcome(plan: &Plan, ended: &Ended, counts: Option<Counts>) -> Result<Outcome
     Ok(match ended.message {
         Some(message @ Message::SetupFailed { .. }) => return Err(confine_error(plan, message)),
         Some(message @ Message::ExecFailed { .. }) => of_command(message),
-        _ if ended.timed_out => Outcome::TimedOut,
+        _ if ended.end == End::Deadline => Outcome::TimedOut,
         Some(Message::Signaled { signal: libc::SIGKILL, .. }) if oom => Outcome::Oom,
         Some(message) => of_command(message),
         // The kernel takes init with the whole group when memory runs out (memory.oom.group).

@@ -30,7 +30,7 @@ pub use cgroup::GroupError;
 pub use host::{Caller, Cgroups, Controller, Device, Host, PathKind};
 pub use job::{Job, NarrowError, Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish};
 pub use launch::{Given, LaunchError, fork_supervisor, run, run_given, shared_directory};
-pub use live::{Orders, live};
+pub use live::{Next, Orders, live};
 pub use open::OpenError;
 pub use plan::{
     CgroupPlan, CgroupVersion, CommandPlan, Exec, INNER_ID, IoPlan, LANDLOCK_ABI_TESTED, LandlockAccess,
@@ -41,9 +41,9 @@ pub use policy::{
     ByteSize, Count, Cpus, EnvName, Gap, HostPath, InnerPath, Library, Limits, POLICY_BYTES_MAX, PRESETS,
     Policy, PolicyError, PolicyFile, PolicyName, Presets, Span, WordError, schema as policy_schema,
 };
-pub use report::{Denials, Enforcement, Outcome, Report, Usage};
+pub use report::{Denials, EndedBy, Enforcement, Outcome, Report, Usage};
 pub use slot::SlotError;
 pub use streams::classify as classify_streams;
 pub use supervise::PASSED_ON;
-pub use sys::{drop_bounding_set, take_passed_descriptor};
+pub use sys::{drop_bounding_set, take_passed_descriptor, unread_by_peer};
 pub use workspace::WorkspaceError;

@@ -13,16 +13,18 @@ use rustix::net::{
 };
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
+use crate::confine::Trees;
 use crate::init::{self, MESSAGE_BYTES, Message};
 use crate::judge;
 use crate::launch::{Given, LaunchError, Parts, call, lend, make_init, with_parts};
 use crate::open;
 use crate::order::{Command, ORDER_BYTES_MAX, Order};
-use crate::plan::{CommandPlan, Plan};
+use crate::plan::files::WORKSPACE;
+use crate::plan::{CommandPlan, Plan, Step};
 use crate::relay::Copied;
 use crate::report::{Outcome, Report};
-use crate::supervise::{Ended, Signals};
-use crate::workspace::Workspace;
+use crate::supervise::{End, Ended, Signals};
+use crate::workspace::{Workspace, clone_there};
 
 /// The line to the init of a sandbox that lives.
 pub struct Orders<'a> {
@@ -105,7 +107,18 @@ fn receive(channel: &OwnedFd) -> io::Result<Option<Message>> {
     Ok(Message::decode(&bytes[..length]))
 }
 
-/// Makes the sandbox of `plan`, whose own command is not run, lets `attend` give orders, and ends it when that returns. The
+/// What is to become of a sandbox that lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// It ends, because somebody who may wants it to.
+    End,
+    /// It has ended.
+    Ended,
+    /// Every process in it ends, and a new init, in new namespaces, waits for orders over the same files.
+    Renew,
+}
+
+/// Makes the sandbox of `plan`, whose own command is not run, lets `attend` give orders, and does what that returns. The
 /// report is of the whole sandbox. The caller has one thread.
 ///
 /// # Errors
@@ -114,7 +127,7 @@ pub fn live(
     plan: &Plan,
     shared: &Path,
     given: Given,
-    attend: impl FnOnce(&Orders<'_>) -> io::Result<()>,
+    attend: impl FnMut(&Orders<'_>) -> io::Result<Next>,
 ) -> Result<Report, LaunchError> {
     let lent = lend(plan, given)?;
     with_parts(plan, shared, lent.as_ref(), |parts, workspace| stay(parts, workspace, attend))
@@ -123,36 +136,85 @@ pub fn live(
 fn stay(
     parts: &Parts<'_>,
     workspace: Option<&Workspace>,
-    attend: impl FnOnce(&Orders<'_>) -> io::Result<()>,
+    mut attend: impl FnMut(&Orders<'_>) -> io::Result<Next>,
 ) -> Result<(Ended, Option<Copied>), LaunchError> {
-    let Parts { plan, slot, group, signals, .. } = *parts;
-    let trees = open::trees(plan, workspace, slot.uid()).map_err(LaunchError::Tree)?;
+    let Parts { plan, slot, .. } = *parts;
+    let started = Instant::now();
+    let mut trees = open::trees(plan, workspace, slot.uid()).map_err(LaunchError::Tree)?;
+    loop {
+        let (init, channel) = make_serving(parts, workspace, trees)?;
+        let first = receive(&channel).map_err(call("channel"))?;
+        if first != Some(Message::Ready) {
+            end(parts, &init)?;
+            return Ok((Ended { message: first, end: End::Itself, wall: started.elapsed() }, None));
+        }
+        // Init ends with its line, so that is kept until the files are.
+        let orders = Orders { channel, signals: parts.signals };
+        let next = attend(&orders);
+        let kept = match next {
+            Ok(Next::Renew) => Some(Kept::of(plan, &init).map_err(call("keeping the files"))),
+            _ => None,
+        };
+        end(parts, &init)?;
+        let by = if next.map_err(call("orders"))? == Next::End { End::Told } else { End::Itself };
+        let Some(kept) = kept else {
+            // Its init was ended by nobody here where it ended before it was told to.
+            let message = (by == End::Told).then_some(Message::Exited { code: 0, number: 0 });
+            return Ok((Ended { message, end: by, wall: started.elapsed() }, None));
+        };
+        trees = kept?.into_trees(parts, workspace)?;
+    }
+}
+
+/// An init that waits for orders, and the line to it.
+fn make_serving(
+    parts: &Parts<'_>,
+    workspace: Option<&Workspace>,
+    trees: Trees,
+) -> Result<(OwnedFd, OwnedFd), LaunchError> {
     let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
     let (channel, said) = pair.map_err(|error| call("channel")(error.into()))?;
-    let started = Instant::now();
     let init = make_init(parts, workspace, trees, [None, None, None], said, |confined, said| {
         init::serve(confined, said)
     })?;
-    let first = receive(&channel).map_err(call("channel"))?;
-    let attended = match first {
-        Some(Message::Ready) => attend(&Orders { channel, signals }),
-        _ => Ok(()),
-    };
-    if let Some(group) = group {
+    Ok((init, channel))
+}
+
+/// Ends init, and with it every process of its namespace.
+fn end(parts: &Parts<'_>, init: &OwnedFd) -> Result<(), LaunchError> {
+    if let Some(group) = parts.group {
         group.lift_quotas();
     }
-    let killed = pidfd_send_signal(&init, Signal::KILL);
-    if let Err(error) = killed
-        && error != rustix::io::Errno::SRCH
-    {
-        return Err(call("the end")(error.into()));
+    match pidfd_send_signal(init, Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+        Err(error) => return Err(call("the end")(error.into())),
     }
     let waited = rustix::io::retry_on_intr(|| waitid(WaitId::PidFd(init.as_fd()), WaitIdOptions::EXITED));
-    waited.map_err(|error| call("the end")(error.into()))?;
-    attended.map_err(call("orders"))?;
-    let message = match first {
-        Some(Message::Ready) => Some(Message::Exited { code: 0, number: 0 }),
-        other => other,
-    };
-    Ok((Ended { message, timed_out: false, wall: started.elapsed() }, None))
+    waited.map(drop).map_err(|error| call("the end")(error.into()))
+}
+
+/// The files of a sandbox whose processes end: its private places and its workspace, as detached mounts.
+struct Kept {
+    private: Vec<OwnedFd>,
+    workspace: Option<OwnedFd>,
+}
+
+impl Kept {
+    /// Cloned in the mount namespace of `init`. The places are mounts of ours on a root that nobody inside can write, so no
+    /// name on the way to them is the workload's.
+    fn of(plan: &Plan, init: &OwnedFd) -> io::Result<Kept> {
+        let private = plan.files.iter().filter_map(|step| match step {
+            Step::Private { path, .. } => Some(path.as_path()),
+            _ => None,
+        });
+        let workspace = plan.workspace.as_ref().map(|_| Path::new(WORKSPACE));
+        let mut all = clone_there(init, &private.chain(workspace).collect::<Vec<_>>())?;
+        let workspace = workspace.and_then(|_| all.pop());
+        Ok(Kept { private: all, workspace })
+    }
+
+    fn into_trees(self, parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<Trees, LaunchError> {
+        let fresh = open::trees(parts.plan, workspace, parts.slot.uid()).map_err(LaunchError::Tree)?;
+        Ok(Trees { private: self.private, workspace: self.workspace, ..fresh })
+    }
 }

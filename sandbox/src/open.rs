@@ -37,6 +37,7 @@ pub(crate) fn trees(plan: &Plan, workspace: Option<&Workspace>, uid: u32) -> Res
     let mount = workspace.map(|workspace| workspace.mount.try_clone()).transpose();
     Ok(Trees {
         system: sources.map(|path| tree(path).map_err(failed(path))).collect::<Result<_, _>>()?,
+        private: Vec::new(),
         workspace: mount.map_err(failed(Path::new("workspace")))?,
         protect: workspace.map(|workspace| workspace.protect.clone()).unwrap_or_default(),
         terminals: terminals(uid).map_err(failed(Path::new("/dev/pts")))?,

@@ -10,6 +10,8 @@ use crate::policy::{Gap, Policy};
 pub struct Report {
     /// How it ended.
     pub outcome: Outcome,
+    /// Who or what ended it.
+    pub ended_by: EndedBy,
     /// Each layer: what really was enforced.
     pub enforcement: Enforcement,
     /// What the policy allowed to be missing, and was.
@@ -84,6 +86,37 @@ impl Outcome {
             Outcome::SetupFailed { .. } => 125,
             Outcome::NotExecutable { .. } => 126,
             Outcome::NotFound => 127,
+        }
+    }
+}
+
+/// Who or what ended a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndedBy {
+    /// Its command, which ended, or could not be executed.
+    Command,
+    /// The policy's time, or less that was asked for.
+    Policy,
+    /// A limit on memory.
+    Limit,
+    /// A signal, from inside or passed on.
+    Signal,
+    /// The broker: its caller went away, or somebody who may had it ended.
+    Broker,
+    /// The host, which could not do what was planned.
+    Host,
+}
+
+impl EndedBy {
+    /// What an outcome says of it.
+    pub fn of(outcome: &Outcome) -> EndedBy {
+        match outcome {
+            Outcome::Exited { .. } | Outcome::NotExecutable { .. } | Outcome::NotFound => EndedBy::Command,
+            Outcome::TimedOut => EndedBy::Policy,
+            Outcome::Oom => EndedBy::Limit,
+            Outcome::Signaled { .. } => EndedBy::Signal,
+            Outcome::SetupFailed { .. } => EndedBy::Host,
         }
     }
 }

@@ -83,9 +83,19 @@ pub(crate) struct Running<'a> {
 pub(crate) struct Ended {
     /// What init said; nothing when init itself was ended.
     pub(crate) message: Option<Message>,
-    /// Whether the deadline had passed.
-    pub(crate) timed_out: bool,
+    pub(crate) end: End,
     pub(crate) wall: Duration,
+}
+
+/// What brought the end about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// Its command, or whatever became of that.
+    Itself,
+    /// The deadline had passed.
+    Deadline,
+    /// The launcher was told to.
+    Told,
 }
 
 enum Event {
@@ -98,13 +108,13 @@ impl Running<'_> {
     /// Waits until the command has ended, and then until everything else in its sandbox has.
     pub(crate) fn wait(&self, timeout: Option<Duration>, grace: Duration) -> io::Result<Ended> {
         let mut deadline = timeout.map(|timeout| self.started + timeout);
-        let mut timed_out = false;
+        let mut end = End::Itself;
         let message = loop {
             match self.next(deadline)? {
                 Event::Message(message) => break message,
-                Event::Deadline if timed_out => break None,
+                Event::Deadline if end == End::Deadline => break None,
                 Event::Deadline => {
-                    timed_out = true;
+                    end = End::Deadline;
                     deadline = Some(Instant::now() + grace);
                     self.send(Signal::TERM)?;
                 }
@@ -113,7 +123,10 @@ impl Running<'_> {
                         terminal.resize();
                     }
                 }
-                Event::Signal(END) => break None,
+                Event::Signal(END) => {
+                    end = End::Told;
+                    break None;
+                }
                 Event::Signal(number) => {
                     if let Some(signal) = Signal::from_named_raw(number) {
                         self.send(signal)?;
@@ -122,7 +135,7 @@ impl Running<'_> {
             }
         };
         self.end()?;
-        Ok(Ended { message, timed_out, wall: self.started.elapsed() })
+        Ok(Ended { message, end, wall: self.started.elapsed() })
     }
 
     fn next(&self, deadline: Option<Instant>) -> io::Result<Event> {

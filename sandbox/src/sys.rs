@@ -193,6 +193,20 @@ pub fn loopback_up() -> io::Result<()> {
     check(i64::from(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) }))
 }
 
+/// How much of what was sent into a Unix socket its other end has not read (`SIOCOUTQ`, unix(7)): bytes of the kernel's
+/// buffers, 0 when it has read everything.
+///
+/// # Errors
+/// As ioctl(2).
+pub fn unread_by_peer(socket: impl AsFd) -> io::Result<i32> {
+    let mut unread: libc::c_int = 0;
+    // SAFETY: SIOCOUTQ, which TIOCOUTQ is another name of, writes an int, which outlives the call.
+    check(i64::from(unsafe {
+        libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ as _, &raw mut unread)
+    }))?;
+    Ok(unread)
+}
+
 /// Makes the end of a child be told again, whatever the caller had set: where `SIGCHLD` is ignored the kernel reaps children
 /// itself, and neither init nor the launcher would ever learn how theirs ended (signal(7)).
 pub fn hear_of_children() {

@@ -235,20 +235,32 @@ impl Workspace {
 /// A detached mount of `directory`. The kernel clones only what belongs to the mount namespace of who asks, so where that of
 /// the lender is another, it is done there: by descriptor, so that no path of theirs is walked.
 fn clone_tree(directory: &OwnedFd, lender: Option<&OwnedFd>) -> io::Result<OwnedFd> {
-    use nix::sched::{CloneFlags, setns};
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_RECURSIVE
-        | OpenTreeFlags::AT_EMPTY_PATH;
+    let flags = CLONE | OpenTreeFlags::AT_RECURSIVE | OpenTreeFlags::AT_EMPTY_PATH;
     let here = open_tree(directory, "", flags);
     let (Err(Errno::INVAL), Some(lender)) = (&here, lender) else {
         return Ok(here?);
     };
+    in_mounts_of(lender, || Ok(open_tree(directory, "", flags)?))
+}
+
+/// Detached mounts of what is mounted at `paths` where `process` is, without what is mounted below them.
+pub(crate) fn clone_there(process: &OwnedFd, paths: &[&Path]) -> io::Result<Vec<OwnedFd>> {
+    let clone = |path: &&Path| Ok(open_tree(CWD, *path, CLONE | OpenTreeFlags::AT_SYMLINK_NOFOLLOW)?);
+    in_mounts_of(process, || paths.iter().map(clone).collect())
+}
+
+const CLONE: OpenTreeFlags = OpenTreeFlags::OPEN_TREE_CLONE.union(OpenTreeFlags::OPEN_TREE_CLOEXEC);
+
+/// `act` in the mount namespace of another process. Who cannot come back ends: its paths would be another's.
+fn in_mounts_of<T>(process: &OwnedFd, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    use nix::sched::{CloneFlags, setns};
     let own = openat(CWD, "/proc/self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-    setns(lender, CloneFlags::CLONE_NEWNS)?;
-    let there = open_tree(directory, "", flags);
-    setns(own, CloneFlags::CLONE_NEWNS)?;
-    Ok(there?)
+    setns(process, CloneFlags::CLONE_NEWNS)?;
+    let there = act();
+    if setns(own, CloneFlags::CLONE_NEWNS).is_err() {
+        sys::exit_now(1);
+    }
+    there
 }
 
 /// The mount: only `owner`'s files are the workload's, everything else is nobody's.

@@ -1,5 +1,7 @@
 //! `broker serve` with real processes: what runs through it, who may ask for what, what is recorded, what dies with whom.
 
+#[path = "daemon/holders.rs"]
+mod holders;
 #[path = "daemon/hostile.rs"]
 mod hostile;
 #[path = "daemon/interface.rs"]
@@ -41,6 +43,11 @@ impl Daemon {
 
     /// In a mount namespace of its own, where `script` has run first; `$STATE` is the directory of the record.
     fn start_after(script: &str) -> Daemon {
+        Daemon::start_with(script, "")
+    }
+
+    /// The same, with `more` in its configuration, which begins in `[server]`.
+    fn start_with(script: &str, more: &str) -> Daemon {
         let folder = tempfile::Builder::new().prefix("broker-daemon-").tempdir().expect("a directory");
         // Others have to reach the socket in it.
         set_mode(folder.path(), 0o755);
@@ -48,7 +55,7 @@ impl Daemon {
         fs::create_dir(&state).expect("a directory");
         let socket = folder.path().join("broker.sock");
         let access = format!("[[access]]\nuser = \"{ADA}\"\npolicies = [\"default\"]\n");
-        let server = format!("[server]\nsocket = {socket:?}\nstate = {state:?}\n");
+        let server = format!("[server]\nsocket = {socket:?}\nstate = {state:?}\n{more}");
         fs::write(folder.path().join("config.toml"), server + &access).expect("a configuration");
         let process = Command::new("unshare")
             .args(["--mount", "--propagation", "private", "sh", "-c"])
@@ -121,6 +128,17 @@ impl Daemon {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             line.split(|byte| *byte == 0).any(|word| word == name.as_bytes())
         })
+    }
+
+    /// `kill -9`, and until the next core serves.
+    fn kill_core(&self) {
+        let core = self.role("core").expect("there is a core");
+        let signal = nix::sys::signal::Signal::SIGKILL;
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(core), signal).expect("it lives");
+        let next = || self.role("core").is_some_and(|pid| pid != core);
+        assert!(within(Duration::from_secs(5), next), "{}", self.log());
+        let answers = || self.broker(0, &["ps"]).output().is_ok_and(|output| output.status.success());
+        assert!(within(Duration::from_secs(5), answers), "{}", self.log());
     }
 
     /// SIGTERM, and until nothing of it is there.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use sandbox::PolicyName;
+use sandbox::{ByteSize, PolicyName};
 use serde::{Deserialize, Serialize};
 
 /// Where the daemon's configuration stands.
@@ -31,11 +31,20 @@ pub struct Server {
     pub socket: PathBuf,
     /// Where the audit record stands.
     pub state: PathBuf,
+    /// Where Prometheus may scrape, over HTTP on a Unix socket.
+    pub metrics: Option<PathBuf>,
+    /// How long the record may become before a new file of it is begun.
+    pub audit_bytes: ByteSize,
 }
 
 impl Default for Server {
     fn default() -> Server {
-        Server { socket: SOCKET.into(), state: STATE.into() }
+        Server {
+            socket: SOCKET.into(),
+            state: STATE.into(),
+            metrics: None,
+            audit_bytes: ByteSize::mebibytes(64),
+        }
     }
 }
 
@@ -63,6 +72,10 @@ pub enum Verb {
     List,
     /// End any sandbox.
     Kill,
+    /// Read what is counted.
+    Metrics,
+    /// Read the record.
+    Audit,
 }
 
 /// Who is at the other end of a connection.
@@ -86,6 +99,12 @@ impl Rights {
     /// Whether a run under `policy` may be asked for.
     pub fn may_use(&self, policy: &PolicyName) -> bool {
         self.everything || self.policies.contains(policy)
+    }
+
+    /// No more than these, and nothing of others.
+    pub fn narrowed(&self, policies: &[PolicyName]) -> Rights {
+        let policies = policies.iter().filter(|policy| self.may_use(policy)).cloned().collect();
+        Rights { policies, ..Rights::default() }
     }
 
     /// Whether sandboxes of others may be operated on.

@@ -27,7 +27,7 @@ const DESCRIPTORS_MAX: usize = 8;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToCore {
-    /// First of all: the configuration, with the listening socket.
+    /// First of all: the configuration, with the sockets that listen: for peers and, where it is wanted, for Prometheus.
     Setup(Config),
     /// Are you there?
     Ping,
@@ -115,6 +115,15 @@ pub enum ToSupervisor {
         /// Which of the standard streams are given.
         streams: [bool; 3],
     },
+    /// Pass a signal to one of its commands.
+    Signal {
+        /// The core's name for it.
+        number: u32,
+        /// As in signal(7).
+        signal: i32,
+    },
+    /// End every process in it, and begin again over the same files.
+    Renew,
 }
 
 /// From a supervisor to the core.
@@ -123,6 +132,8 @@ pub enum ToSupervisor {
 pub enum FromSupervisor {
     /// The sandbox waits for commands.
     Ready,
+    /// It does so again, and nothing of what ran in it before is left.
+    Renewed,
     /// A command in it has ended, or could not be begun.
     Executed {
         /// The core's name for it.

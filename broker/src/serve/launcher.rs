@@ -35,12 +35,15 @@ struct Living {
     channels: Vec<OwnedFd>,
     /// Nothing once it was reaped.
     supervisor: Option<OwnedFd>,
+    /// The core has recorded its end, which it may hear of before it is reaped here.
+    forgotten: bool,
 }
 
 /// The launcher's state.
 pub struct Launcher {
     config: Config,
-    listener: UnixListener,
+    /// For peers; for Prometheus.
+    listeners: Vec<UnixListener>,
     signals: SignalFd,
     /// How often systemd is told that the core answers, and when the core was asked last.
     watchdog: Option<(Duration, Instant)>,
@@ -60,8 +63,8 @@ enum Turn {
 }
 
 impl Launcher {
-    /// With a socket that listens.
-    pub fn new(config: Config, listener: UnixListener) -> io::Result<Launcher> {
+    /// With sockets that listen.
+    pub fn new(config: Config, listeners: Vec<UnixListener>) -> io::Result<Launcher> {
         let mut wanted = SigSet::empty();
         for signal in [NixSignal::SIGTERM, NixSignal::SIGINT, NixSignal::SIGCHLD] {
             wanted.add(signal);
@@ -70,7 +73,7 @@ impl Launcher {
         let signals = SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         nix::unistd::setgroups(&[])?;
         let watchdog = sd_notify::watchdog_enabled().map(|limit| (limit / 3, Instant::now()));
-        Ok(Launcher { config, listener, signals, watchdog, living: BTreeMap::new() })
+        Ok(Launcher { config, listeners, signals, watchdog, living: BTreeMap::new() })
     }
 
     /// Runs until it is told to stop, and leaves nothing behind.
@@ -129,8 +132,9 @@ impl Launcher {
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .spawn()?;
-        send(&ours, &ToCore::Setup(self.config.clone()), &[self.listener.as_fd()], SendFlags::empty())?;
-        for living in self.living.values() {
+        let sockets: Vec<_> = self.listeners.iter().map(AsFd::as_fd).collect();
+        send(&ours, &ToCore::Setup(self.config.clone()), &sockets, SendFlags::empty())?;
+        for living in self.living.values().filter(|living| !living.forgotten) {
             let channels: Vec<_> = living.channels.iter().map(AsFd::as_fd).collect();
             let (sandbox, handle) = (living.sandbox.clone(), living.handle.clone());
             send(&ours, &ToCore::Living { sandbox, handle }, &channels, SendFlags::empty())?;
@@ -168,8 +172,12 @@ impl Launcher {
             .map(|((id, _), _)| (*id).clone())
             .collect();
         for id in ended {
-            if let Some(supervisor) = self.living.get_mut(&id).and_then(|living| living.supervisor.take()) {
+            let Some(living) = self.living.get_mut(&id) else { continue };
+            if let Some(supervisor) = living.supervisor.take() {
                 waitid(WaitId::PidFd(supervisor.as_fd()), WaitIdOptions::EXITED)?;
+            }
+            if living.forgotten {
+                self.living.remove(&id);
             }
         }
         if self.stop_was_asked_for() {
@@ -213,9 +221,10 @@ impl Launcher {
                 }
             }
             ToLauncher::End { id } => self.signal(&id, END),
-            ToLauncher::Forget { id } => {
-                self.living.remove(&id);
-            }
+            ToLauncher::Forget { id } => match self.living.get_mut(&id) {
+                Some(living) if living.supervisor.is_some() => living.forgotten = true,
+                _ => drop(self.living.remove(&id)),
+            },
         }
         Ok(Turn::Go)
     }
@@ -238,8 +247,8 @@ impl Launcher {
             supervisor::live(start, given, &channel);
         })?;
         let channels = std::iter::once(cores).chain(cores_handle).collect();
-        self.living
-            .insert(sandbox.id.clone(), Living { sandbox, handle, channels, supervisor: Some(supervisor) });
+        let living = Living { sandbox, handle, channels, supervisor: Some(supervisor), forgotten: false };
+        self.living.insert(living.sandbox.id.clone(), living);
         Ok(())
     }
 

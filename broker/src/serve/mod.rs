@@ -5,6 +5,7 @@ mod config;
 mod core;
 mod inner;
 mod launcher;
+mod metrics;
 mod supervisor;
 
 use std::fs::{DirBuilder, Permissions};
@@ -55,11 +56,14 @@ fn launch(config: Config) -> io::Result<()> {
     let activated = activated().map(UnixListener::from);
     let own = activated.is_none();
     let listener = activated.map_or_else(|| named(&socket, listen(&socket)), Ok)?;
-    let mut launcher = launcher::Launcher::new(config, listener)?;
+    let metrics = config.server.metrics.clone();
+    let scraped = metrics.iter().map(|path| named(path, listen(path)));
+    let listeners = std::iter::once(Ok(listener)).chain(scraped).collect::<io::Result<_>>()?;
+    let mut launcher = launcher::Launcher::new(config, listeners)?;
     complain!("listening on {}", socket.display());
     let ended = launcher.run();
-    if own {
-        let _ = std::fs::remove_file(&socket);
+    for path in own.then_some(socket).into_iter().chain(metrics) {
+        let _ = std::fs::remove_file(path);
     }
     ended
 }

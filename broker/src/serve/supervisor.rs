@@ -9,9 +9,11 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::{RecvFlags, SendFlags};
 use sandbox::{
-    Caller, CommandPlan, Given, Host, Job, LaunchError, Orders, Plan, Policy, PolicyName, Report, Stream,
-    Terminal, Wishes, WorkspaceMode, WorkspaceWish,
+    Caller, CommandPlan, Given, Host, Job, LaunchError, Next, Orders, Plan, Policy, PolicyName, Report,
+    Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish,
 };
+
+use serde_json::{Value, json};
 
 use super::inner::{FromSupervisor, Start, ToSupervisor, receive, send, until};
 use crate::library::Policies;
@@ -65,8 +67,14 @@ fn run(start: Start, descriptors: Vec<OwnedFd>, channel: &OwnedFd) -> Result<Fro
                 "its policy caps output, which no sandbox that lives does yet",
             ));
         }
-        let attendant =
-            Attendant { channel, policy: &policy, wishes: &wishes, plan: &plan, under_way: Vec::new() };
+        let mut attendant = Attendant {
+            channel,
+            policy: &policy,
+            wishes: &wishes,
+            plan: &plan,
+            under_way: Vec::new(),
+            ready: FromSupervisor::Ready,
+        };
         sandbox::live(&plan, &shared, given, |orders| attendant.attend(orders))
     } else {
         sandbox::run_given(&plan, &shared, given)
@@ -111,7 +119,7 @@ fn came_to(
         }
         Err(error) => {
             let outcome = serde_json::to_value(error.outcome()).ok();
-            let report = outcome.map(|outcome| serde_json::json!({ "outcome": outcome }));
+            let report = outcome.map(|outcome| json!({ "outcome": outcome }));
             Err(FromSupervisor::NotStarted { message: error.to_string(), report })
         }
     }
@@ -125,6 +133,8 @@ struct Attendant<'a> {
     wishes: &'a Wishes,
     plan: &'a Plan,
     under_way: Vec<UnderWay>,
+    /// What is said when the sandbox waits for commands.
+    ready: FromSupervisor,
 }
 
 /// A command that runs.
@@ -136,9 +146,9 @@ struct UnderWay {
 }
 
 impl Attendant<'_> {
-    /// Until it is told to end the sandbox, or the sandbox has ended.
-    fn attend(mut self, orders: &Orders<'_>) -> io::Result<()> {
-        send(self.channel, &FromSupervisor::Ready, &[], SendFlags::empty())?;
+    /// Until it is told what is to become of the sandbox, or that has ended.
+    fn attend(&mut self, orders: &Orders<'_>) -> io::Result<Next> {
+        send(self.channel, &self.ready, &[], SendFlags::empty())?;
         loop {
             let soonest = self.under_way.iter().filter_map(|command| command.deadline).min();
             let left = soonest.map(until);
@@ -154,17 +164,17 @@ impl Attendant<'_> {
             }
             let [signaled, said, asked] = waits.map(|wait| !wait.revents().is_empty());
             if signaled && orders.is_told_to_end() {
-                return Ok(());
+                return Ok(Next::End);
             }
             if said {
-                let Some((number, outcome)) = orders.hear()? else { return Ok(()) };
+                let Some((number, outcome)) = orders.hear()? else { return Ok(Next::Ended) };
                 self.tell_of(number, &outcome)?;
             }
-            if asked && !self.obey(orders)? {
-                return Ok(());
+            if asked && let Some(next) = self.obey(orders)? {
+                return Ok(next);
             }
             if !self.enforce_deadlines(orders) {
-                return Ok(());
+                return Ok(Next::End);
             }
         }
     }
@@ -173,16 +183,33 @@ impl Attendant<'_> {
         let ended = self.under_way.iter().position(|command| command.number == number);
         let timed_out = ended.is_some_and(|at| self.under_way.swap_remove(at).told_to_end);
         let outcome = if timed_out { &sandbox::Outcome::TimedOut } else { outcome };
-        let outcome = serde_json::to_value(outcome)?;
-        send(self.channel, &FromSupervisor::Executed { number, outcome }, &[], SendFlags::empty())
+        self.say_executed(number, serde_json::to_value(outcome)?)
     }
 
-    /// One request of the core's; whether there may be more.
-    fn obey(&mut self, orders: &Orders<'_>) -> io::Result<bool> {
+    /// One request of the core's; what is to become of the sandbox, where that is not to go on.
+    fn obey(&mut self, orders: &Orders<'_>) -> io::Result<Option<Next>> {
         let Some((request, descriptors)) = receive::<ToSupervisor>(self.channel, RecvFlags::empty())? else {
-            return Ok(false);
+            return Ok(Some(Next::End));
         };
-        let ToSupervisor::Execute { number, command, environment, path, streams } = request;
+        let (number, command, environment, path, streams) = match request {
+            ToSupervisor::Execute { number, command, environment, path, streams } => {
+                (number, command, environment, path, streams)
+            }
+            ToSupervisor::Signal { number, signal } => {
+                // It may just have ended.
+                let _ = orders.signal(number, signal);
+                return Ok(None);
+            }
+            ToSupervisor::Renew => {
+                for command in std::mem::take(&mut self.under_way) {
+                    let outcome =
+                        json!({ "kind": "signaled", "signal": libc::SIGKILL, "ended_by": "hand_over" });
+                    self.say_executed(command.number, outcome)?;
+                }
+                self.ready = FromSupervisor::Renewed;
+                return Ok(Some(Next::Renew));
+            }
+        };
         let planned = self.command(command, environment, &path);
         let mut given = descriptors.iter();
         let streams = streams.map(|stream| if stream { given.next().map(AsFd::as_fd) } else { None });
@@ -199,12 +226,17 @@ impl Attendant<'_> {
                 self.under_way.push(UnderWay { number, deadline, told_to_end: false, killed: false });
             }
             Err(message) => {
-                let outcome =
-                    serde_json::json!({ "kind": "setup_failed", "step": "command", "message": message });
-                send(self.channel, &FromSupervisor::Executed { number, outcome }, &[], SendFlags::empty())?;
+                self.say_executed(
+                    number,
+                    json!({ "kind": "setup_failed", "step": "command", "message": message }),
+                )?;
             }
         }
-        Ok(true)
+        Ok(None)
+    }
+
+    fn say_executed(&self, number: u32, outcome: Value) -> io::Result<()> {
+        send(self.channel, &FromSupervisor::Executed { number, outcome }, &[], SendFlags::empty())
     }
 
     fn command(

@@ -22,6 +22,8 @@ use crate::sys::{MountAttributes, Reach, mount_setattr};
 pub(crate) struct Trees {
     /// One detached mount for each [`Step::Tree`], in order.
     pub system: Vec<OwnedFd>,
+    /// What stands in the private places already, one for each [`Step::Private`]; nothing where they are new.
+    pub private: Vec<OwnedFd>,
     /// The idmapped workspace.
     pub workspace: Option<OwnedFd>,
     /// What is protected in it: paths that are there, parents before what is below them.
@@ -62,10 +64,11 @@ pub(super) fn enter_root() -> io::Result<()> {
 
 /// Every step, in order.
 pub(super) fn build(steps: &[Step], stage: Stage, trees: &Trees, uid: u32) -> Result<()> {
-    let mut system = trees.system.iter();
+    let (mut system, mut private) = (trees.system.iter(), trees.private.iter());
     for (object, step) in steps.iter().enumerate() {
         let tree = match step {
             Step::Tree { .. } => system.next(),
+            Step::Private { .. } => private.next(),
             Step::Terminals { .. } => Some(&trees.terminals),
             _ => None,
         };
@@ -88,6 +91,7 @@ fn perform(step: &Step, tree: Option<&OwnedFd>, uid: u32) -> io::Result<()> {
             make_target(path, *directory)?;
             attach(opened()?, path)
         }
+        Step::Private { path, .. } if tree.is_some() => attach(opened()?, path),
         Step::Private { path, size, inodes, mode, owner, exec } => {
             let owner = if *owner == Owner::Workload { uid } else { 0 };
             let exec = if *exec == Exec::No { MountFlags::NOEXEC } else { MountFlags::empty() };

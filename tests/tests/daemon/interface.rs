@@ -125,7 +125,19 @@ fn the_service_describes_itself() {
             let interface = described.parse().expect("it is Varlink");
             let methods: Vec<String> = interface.methods().map(|method| method.name().to_string()).collect();
             let wanted: &[&str] = match name {
-                "io.broker.Control" => &["Run", "Provision", "Execute", "List", "Signal", "Kill"],
+                "io.broker.Control" => &[
+                    "Run",
+                    "Provision",
+                    "Execute",
+                    "HandOver",
+                    "Narrow",
+                    "List",
+                    "Inspect",
+                    "Signal",
+                    "Kill",
+                    "Metrics",
+                    "Records",
+                ],
                 _ => &["GetInfo", "GetInterfaceDescription"],
             };
             assert_eq!(methods, wanted);

@@ -13,16 +13,25 @@ use serde_json::json;
 use super::*;
 
 /// A caller of the interface itself, as any program could write one.
-struct Peer(UnixStream);
+pub struct Peer(UnixStream);
+
+impl From<OwnedFd> for Peer {
+    fn from(descriptor: OwnedFd) -> Peer {
+        Peer::on(UnixStream::from(descriptor))
+    }
+}
 
 impl Peer {
-    fn new(daemon: &Daemon) -> Peer {
-        let stream = UnixStream::connect(daemon.socket()).expect("it listens");
+    pub fn new(daemon: &Daemon) -> Peer {
+        Peer::on(UnixStream::connect(daemon.socket()).expect("it listens"))
+    }
+
+    fn on(stream: UnixStream) -> Peer {
         stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a limit");
         Peer(stream)
     }
 
-    fn send(&self, method: &str, parameters: &Value, more: bool, descriptors: &[BorrowedFd<'_>]) {
+    pub fn send(&self, method: &str, parameters: &Value, more: bool, descriptors: &[BorrowedFd<'_>]) {
         let call = json!({ "method": format!("io.broker.Control.{method}"), "parameters": parameters, "more": more });
         let bytes = format!("{call}\0");
         let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(8))];
@@ -34,7 +43,7 @@ impl Peer {
         sendmsg(&self.0, &parts, &mut control, SendFlags::NOSIGNAL).expect("it listens");
     }
 
-    fn reply(&self) -> (Value, Vec<OwnedFd>) {
+    pub fn reply(&self) -> (Value, Vec<OwnedFd>) {
         let (mut said, mut descriptors) = (Vec::new(), Vec::new());
         while said.last() != Some(&0) {
             let mut byte = [0];
@@ -54,7 +63,7 @@ impl Peer {
         (serde_json::from_slice(&said).expect("JSON"), descriptors)
     }
 
-    fn provision(&self, workspace: Option<&Path>) -> (String, OwnedFd) {
+    pub fn provision(&self, workspace: Option<&Path>) -> (String, OwnedFd) {
         let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
         let open = |path: &Path| rustix::fs::open(path, flags, rustix::fs::Mode::empty());
         let directory = workspace.map(|path| open(path).expect("it is there"));
@@ -71,7 +80,7 @@ impl Peer {
     }
 
     /// Asks for a command; the end of its output.
-    fn ask(&self, handle: &OwnedFd, effect: &str, script: &str) -> std::io::PipeReader {
+    pub fn ask(&self, handle: &OwnedFd, effect: &str, script: &str) -> std::io::PipeReader {
         let (out, into) = std::io::pipe().expect("a pipe");
         let parameters = json!({
             "handle": 0, "effect": effect, "command": ["sh", "-c", script], "environment": [],
@@ -82,7 +91,7 @@ impl Peer {
     }
 
     /// A command, its reply and its output.
-    fn execute(&self, handle: &OwnedFd, effect: &str, script: &str) -> (Value, String) {
+    pub fn execute(&self, handle: &OwnedFd, effect: &str, script: &str) -> (Value, String) {
         let mut out = self.ask(handle, effect, script);
         let reply = self.reply().0;
         let mut said = String::new();
@@ -190,19 +199,8 @@ fn an_effect_happens_once() {
     assert!(within(Duration::from_secs(5), || own.path().join("count").exists()));
     let running = again.execute(&handle, "once", script).0;
     assert_eq!((&running["state"], &running["outcome"]), (&json!("running"), &Value::Null), "{running}");
-    // The core is killed; the sandbox, its command and the handle live on.
-    let core = daemon.role("core").expect("there is a core");
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(core), nix::sys::signal::Signal::SIGKILL)
-        .expect("it lives");
-    assert!(
-        within(Duration::from_secs(5), || daemon.role("core").is_some_and(|pid| pid != core)),
-        "{}",
-        daemon.log()
-    );
-    assert!(within(Duration::from_secs(5), || daemon
-        .broker(0, &["ps"])
-        .status()
-        .is_ok_and(|status| status.success())));
+    // The sandbox, its command and the handle live on.
+    daemon.kill_core();
     let later = Peer::new(&daemon);
     let known = || later.execute(&handle, "once", script).0;
     assert!(within(Duration::from_secs(2), || known()["state"] == "running"), "{}", known());

@@ -120,3 +120,74 @@ fn what_cannot_be_recorded_is_not_done() {
     let verified = verify.arg(daemon.state()).output().expect("nsenter runs");
     assert!(verified.status.success(), "{}", text_of(&verified));
 }
+
+/// A record of many files is one chain: what is wrong in an old one is found, and what lives is known across them.
+#[test]
+fn the_chain_goes_on_from_file_to_file() {
+    let mut daemon = Daemon::start_with("true", "audit_bytes = \"2KiB\"\n");
+    for _ in 0..8 {
+        assert!(daemon.exec(0, &[], &["true"]).status.success());
+    }
+    let parts = || {
+        let listed = fs::read_dir(daemon.state()).expect("a directory");
+        let mut parts: Vec<PathBuf> = listed.flatten().map(|entry| entry.path()).collect();
+        parts.retain(|path| path.extension().is_some_and(|ending| ending == "jsonl"));
+        parts.sort();
+        parts
+    };
+    assert!(parts().len() > 2, "{:?}", parts());
+    let peer = lives::Peer::new(&daemon);
+    let (_, handle) = peer.provision(None);
+    peer.execute(&handle, "one", "exit 5");
+    for _ in 0..4 {
+        assert!(daemon.exec(0, &[], &["true"]).status.success());
+    }
+    daemon.kill_core();
+    let peer = lives::Peer::new(&daemon);
+    assert_eq!(peer.execute(&handle, "one", "exit 6").0["outcome"]["code"], 5, "known across files");
+    peer.send("Records", &serde_json::json!({ "from": 7 }), false, &[]);
+    let read = peer.reply().0["parameters"]["records"].as_array().cloned().unwrap_or_default();
+    let numbers: Vec<u64> = read.iter().filter_map(|record| record["sequence"].as_u64()).collect();
+    assert_eq!(numbers, (7..7 + numbers.len() as u64).collect::<Vec<_>>());
+    assert!(numbers.len() > 10, "{numbers:?}");
+    drop(handle);
+    let parts = parts();
+    daemon.stop();
+    assert!(daemon.audit("verify").status.success(), "{}", text(&daemon.audit("verify").stderr));
+    let whole = fs::read(&parts[1]).expect("a part");
+    fs::remove_file(&parts[1]).expect("it is there");
+    assert!(text(&daemon.audit("verify").stderr).contains("removed"), "a whole file");
+    fs::write(&parts[1], text(&whole).replacen("true", "fals", 1)).expect("a part");
+    assert!(text(&daemon.audit("verify").stderr).contains("edited"), "in an old file");
+    fs::write(&parts[1], whole).expect("a part");
+    assert!(daemon.audit("verify").status.success());
+}
+
+/// Prometheus' side is curl: a client that nobody here wrote.
+#[test]
+fn what_is_counted_can_be_scraped_by_who_may() {
+    let folder = tempfile::tempdir().expect("a directory");
+    set_mode(folder.path(), 0o755);
+    let socket = folder.path().join("metrics.sock");
+    let daemon = Daemon::start_with("true", &format!("metrics = {socket:?}\n"));
+    assert!(daemon.exec(ADA, &[], &["true"]).status.success());
+    assert_eq!(daemon.exec(EVE, &[], &["true"]).status.code(), Some(125));
+    let scrape = |uid: u32, path: &str| {
+        use std::os::unix::process::CommandExt;
+        let mut curl = Command::new("curl");
+        curl.args(["-s", "-i", "--max-time", "10", "--unix-socket"]).arg(&socket);
+        text(&curl.arg(format!("http://broker{path}")).uid(uid).gid(uid).output().expect("curl runs").stdout)
+    };
+    let said = scrape(0, "/metrics");
+    for line in [
+        "HTTP/1.1 200 OK",
+        "broker_begun_total{what=\"run\"} 1",
+        "broker_ended_total{reason=\"command\"} 1",
+        "broker_denials_total{code=\"policy-not-granted\"} 1",
+        "broker_sandboxes 0",
+    ] {
+        assert!(said.lines().any(|found| found == line), "{line} is not in\n{said}");
+    }
+    assert!(scrape(ADA, "/metrics").contains("403 Forbidden"));
+    assert!(scrape(0, "/other").contains("404 Not Found"));
+}

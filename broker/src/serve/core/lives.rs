@@ -1,9 +1,11 @@
 //! Sandboxes that live: made by `Provision`, used by `Execute` by whoever holds the handle, ended with its last copy.
+//! Who may use one, and what becomes of it on the way to another, is in [`super::holders`].
 
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use rustix::net::{RecvFlags, SendFlags};
 use serde_json::{Value, json};
@@ -11,28 +13,35 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
+use super::askers::{Asker, Principal};
 use super::decide::{all_named, all_pipes, is_lendable, may_use, name_of};
-use super::{Asker, Core, hear_supervisor, not_started, packets};
+use super::holders::{Holder, Renewals};
+use super::operate::no_such;
+use super::{Core, hear_supervisor, not_started, packets};
 use crate::connection::{Connection, End, Foreign};
-use crate::protocol::{Code, Denial, Execute, Executed, INTERFACE, Progress, Provision, Provisioned, Run};
+use crate::protocol::{
+    Code, Denial, Execute, Executed, INTERFACE, Progress, Provision, Provisioned, Run, Running, Sandbox,
+};
 use crate::serve::audit::{self, bounded};
 use crate::serve::inner::{FromSupervisor, Start, ToLauncher, ToSupervisor, channel, send};
+use crate::serve::metrics::Begun;
 
 /// The longest name of an effect, in bytes, and how many a sandbox remembers.
 const EFFECT_BYTES_MAX: usize = 128;
 const EFFECTS_MAX: usize = 100_000;
-/// What proves that a descriptor is the other end of a handle.
-const NONCE_BYTES: usize = 32;
 
 /// A sandbox that waits for commands.
 pub struct Live {
-    id: String,
+    pub(super) id: String,
     channel: UnixStream,
     /// Our end of the handle; the others are the callers'.
-    handle: UnixStream,
+    pub(super) handle: UnixStream,
     effects: Mutex<Effects>,
     /// One who proves holding it at a time.
-    proof: Mutex<()>,
+    pub(super) proof: Mutex<()>,
+    /// Whose it is; one who takes it over at a time.
+    pub(super) holder: tokio::sync::Mutex<Holder>,
+    pub(super) renewals: Renewals,
 }
 
 /// Those of a sandbox, by name and by number.
@@ -43,6 +52,23 @@ struct Effects {
 }
 
 impl Effects {
+    /// What the record says of them.
+    fn follow(&mut self, event: &Value) {
+        let name = event["effect"].as_str().unwrap_or_default();
+        let number = event["number"].as_u64().and_then(|number| u32::try_from(number).ok());
+        match (event["kind"].as_str(), number) {
+            (Some("execute"), Some(number)) => {
+                self.insert(name.to_owned(), Effect { number, outcome: watch::channel(None).0 });
+            }
+            (Some("executed"), _) => {
+                if let Some(effect) = self.by_name.get(name) {
+                    effect.outcome.send_replace(Some(event["outcome"].clone()));
+                }
+            }
+            _ => {}
+        }
+    }
+
     fn insert(&mut self, name: String, effect: Effect) {
         self.names.insert(effect.number, name.clone());
         self.by_name.insert(name, effect);
@@ -57,20 +83,6 @@ struct Effect {
 }
 
 impl Live {
-    /// Whether `descriptor` is a copy of the callers' end of the handle: what is sent into our end comes out of it.
-    fn is_other_end(&self, descriptor: &Foreign) -> bool {
-        let _one = self.proof.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut nonce = [0; NONCE_BYTES];
-        let mut heard = [0; NONCE_BYTES];
-        let random = rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty());
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        random == Ok(NONCE_BYTES)
-            && rustix::net::send(&self.handle, &nonce, flags) == Ok(NONCE_BYTES)
-            && rustix::net::recv(descriptor, &mut heard[..], RecvFlags::DONTWAIT)
-                .is_ok_and(|(length, _)| length == NONCE_BYTES)
-            && heard == nonce
-    }
-
     /// The number of the effect, and what there is of an outcome; and whether it is new.
     fn effect(&self, name: &str) -> Result<(u32, watch::Receiver<Option<Value>>, bool), Denial> {
         let mut effects = self.effects();
@@ -89,6 +101,17 @@ impl Live {
         Ok((number, heard, true))
     }
 
+    /// What has been begun and has not ended.
+    pub(super) fn running(&self) -> Vec<Running> {
+        let effects = self.effects();
+        let under_way = effects.by_name.iter().filter(|(_, effect)| effect.outcome.borrow().is_none());
+        under_way.map(|(name, _)| Running { effect: name.clone() }).collect()
+    }
+
+    pub(super) fn number_of(&self, effect: &str) -> Option<u32> {
+        self.effects().by_name.get(effect).map(|effect| effect.number)
+    }
+
     fn forget(&self, name: &str) {
         let mut effects = self.effects();
         if let Some(effect) = effects.by_name.remove(name) {
@@ -104,7 +127,11 @@ impl Live {
         Some(name.clone())
     }
 
-    async fn tell(&self, message: &ToSupervisor, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    pub(super) async fn tell(
+        &self,
+        message: &ToSupervisor,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> io::Result<()> {
         let send = || send(&self.channel, message, descriptors, SendFlags::DONTWAIT);
         self.channel.async_io(Interest::WRITABLE, send).await
     }
@@ -139,19 +166,22 @@ impl Core {
         let allowed = may_use(&run.policy, &asker.rights)
             .and_then(|()| all_named(&named, &descriptors))
             .and_then(|()| is_lendable(run.workspace.as_ref(), &descriptors))
-            .and_then(|()| self.book(&run, asker.peer));
+            .and_then(|()| self.book(&run, asker));
         let sandbox = match allowed {
             Ok(sandbox) => sandbox,
-            Err(denial) => return self.deny(connection, asker.peer, "Provision", denial).await,
+            Err(denial) => return self.deny(connection, asker, "Provision", denial).await,
         };
         let id = sandbox.id.clone();
-        let event =
-            json!({ "kind": "provision", "sandbox": id, "uid": asker.peer.uid, "policy": run.policy });
+        let began = Instant::now();
+        let mut event = asker.event("provision");
+        event["sandbox"] = id.as_str().into();
+        event["policy"] = run.policy.as_str().into();
         if !self.audit.record(event).await {
             self.table().sandboxes.remove(&id);
-            return self.deny(connection, asker.peer, "Provision", Denial::not_recorded()).await;
+            return self.deny(connection, asker, "Provision", Denial::not_recorded()).await;
         }
-        let process = run.workspace.as_ref().and_then(|_| connection.process());
+        self.metrics.begun(Begun::Provision);
+        let process = run.workspace.as_ref().and_then(|_| asker.process(connection));
         let name = name_of(&theirs);
         let start = Start {
             sandbox,
@@ -160,7 +190,7 @@ impl Core {
             handle: Some(name.clone()),
             process: process.as_ref().map(|_| descriptors.len()),
         };
-        let request = descriptors.iter().map(AsFd::as_fd).chain(process.as_ref().map(AsFd::as_fd));
+        let request = descriptors.iter().map(AsFd::as_fd).chain(process.as_deref().map(AsFd::as_fd));
         let given: Vec<_> = std::iter::once(ours.as_fd()).chain(request).collect();
         let started =
             self.start(start, &given).await.and_then(|channel| Ok((packets(channel)?, packets(ours)?)));
@@ -173,30 +203,42 @@ impl Core {
                 return self.not_started(connection, ended).await;
             }
         };
-        let live = Arc::new(Live::new(id.clone(), channel, handle, Effects::default()));
+        let holder = Holder::new(asker.principal());
+        let live = Arc::new(Live::new(id.clone(), channel, handle, Effects::default(), holder));
         match hear_supervisor(&live.channel).await {
             FromSupervisor::Ready => {}
             FromSupervisor::Denied { denial } => {
                 self.finish(&id, &FromSupervisor::Denied { denial: denial.clone() }).await;
-                return self.deny(connection, asker.peer, "Provision", denial).await;
+                return self.deny(connection, asker, "Provision", denial).await;
             }
             ended => {
                 self.finish(&id, &ended).await;
                 return self.not_started(connection, ended).await;
             }
         }
+        self.metrics.started_in(began.elapsed());
         self.keep(name, live);
         // If it cannot be handed over, its last copy closes here, and the sandbox ends.
         connection.hand_over(Provisioned { sandbox: id, handle: 0 }, theirs).await
     }
 
     /// Takes over a sandbox that an earlier core has made, with what the record knows of its commands.
-    pub(super) fn adopt(self: &Arc<Self>, id: String, name: String, channel: UnixStream, handle: UnixStream) {
-        let mut effects = Effects::default();
-        for (name, (number, outcome)) in audit::effects(&self.config.server.state, &id) {
-            effects.insert(name, Effect { number, outcome: watch::channel(outcome).0 });
-        }
-        self.keep(name, Arc::new(Live::new(id, channel, handle, effects)));
+    pub(super) fn adopt(
+        self: &Arc<Self>,
+        sandbox: &Sandbox,
+        name: String,
+        channel: UnixStream,
+        handle: UnixStream,
+    ) {
+        let id = sandbox.id.clone();
+        let first = Principal { uid: sandbox.uid, session: sandbox.session.clone() };
+        let (mut effects, mut holder) = (Effects::default(), Holder::new(first));
+        // The record was verified when this process began.
+        let _ = audit::of_sandbox(&self.config.server.state, &id, sandbox.started_ms, |event| {
+            effects.follow(event);
+            holder.follow(event);
+        });
+        self.keep(name, Arc::new(Live::new(id, channel, handle, effects, holder)));
     }
 
     /// Notes how commands end, and ends the sandbox with the last copy of its handle.
@@ -219,12 +261,14 @@ impl Core {
                     FromSupervisor::Executed { number, outcome } => {
                         core.note_end(&live, number, outcome).await
                     }
+                    FromSupervisor::Renewed => live.renewals.one_more(),
                     FromSupervisor::Ready => {}
                     ended => break ended,
                 }
             };
             core.table().lives.remove(&name);
             *live.effects() = Effects::default();
+            live.renewals.no_more();
             core.finish(&live.id, &ended).await;
         });
     }
@@ -244,29 +288,36 @@ impl Core {
         descriptors: Vec<Foreign>,
         more: bool,
     ) -> Result<(), End> {
-        let Execute { handle, effect, command, environment, path, streams } = wish;
-        let named: Vec<usize> = streams.iter().flatten().copied().chain([handle]).collect();
-        let allowed =
-            all_named(&named, &descriptors).and_then(|()| all_pipes(&streams, &descriptors)).and_then(|()| {
-                if (1..=EFFECT_BYTES_MAX).contains(&effect.len()) {
-                    return Ok(());
-                }
-                Err(Denial::new(
-                    Code::NotNarrower,
-                    format!("an effect's name has 1 to {EFFECT_BYTES_MAX} bytes"),
-                ))
-            });
+        let Execute { handle, sandbox, effect, command, environment, path, streams } = wish;
+        let named: Vec<usize> = streams.iter().flatten().copied().chain(handle).collect();
+        let allowed = all_named(&named, &descriptors)
+            .and_then(|()| all_pipes(&streams, &descriptors))
+            .and_then(|()| is_name(&effect));
         if let Err(denial) = allowed {
-            return self.deny(connection, asker.peer, "Execute", denial).await;
+            return self.deny(connection, asker, "Execute", denial).await;
         }
-        let live = self.table().lives.get(&name_of(&descriptors[handle])).cloned();
-        let Some(live) = live.filter(|live| live.is_other_end(&descriptors[handle])) else {
-            drop(descriptors);
-            return connection.error(format!("{INTERFACE}.NoSuchHandle"), json!({ "handle": handle })).await;
+        let live = match (handle, sandbox) {
+            (Some(handle), None) => match self.live_held(&descriptors[handle]) {
+                Some(live) => live,
+                None => {
+                    drop(descriptors);
+                    let parameters = json!({ "handle": handle });
+                    return connection.error(format!("{INTERFACE}.NoSuchHandle"), parameters).await;
+                }
+            },
+            (None, Some(id)) => match self.live_owned(asker, &id) {
+                Some(live) => live,
+                None => return no_such(connection, &id).await,
+            },
+            _ => {
+                let denial =
+                    Denial::new(Code::Descriptor, "either a handle or a sandbox of one's own is named");
+                return self.deny(connection, asker, "Execute", denial).await;
+            }
         };
         let (number, heard, is_new) = match live.effect(&effect) {
             Ok(found) => found,
-            Err(denial) => return self.deny(connection, asker.peer, "Execute", denial).await,
+            Err(denial) => return self.deny(connection, asker, "Execute", denial).await,
         };
         if !is_new {
             drop(descriptors);
@@ -274,14 +325,23 @@ impl Core {
             let state = if outcome.is_some() { Progress::Finished } else { Progress::Running };
             return connection.reply(Executed { sandbox: live.id.clone(), state, outcome }, false).await;
         }
-        let words: Vec<&str> = command.iter().map(|word| bounded(word)).take(64).collect();
-        let event = json!({
-            "kind": "execute", "sandbox": live.id, "effect": effect, "number": number, "uid": asker.peer.uid, "command": words,
-        });
+        if let Err(why) = self.take_over(&live, asker).await {
+            live.forget(&effect);
+            return match why {
+                FromSupervisor::Denied { denial } => self.deny(connection, asker, "Execute", denial).await,
+                ended => self.not_started(connection, ended).await,
+            };
+        }
+        let mut event = asker.event("execute");
+        event["sandbox"] = live.id.as_str().into();
+        event["effect"] = effect.as_str().into();
+        event["number"] = number.into();
+        event["command"] = command.iter().map(|word| bounded(word)).take(64).collect();
         if !self.audit.record(event).await {
             live.forget(&effect);
-            return self.deny(connection, asker.peer, "Execute", Denial::not_recorded()).await;
+            return self.deny(connection, asker, "Execute", Denial::not_recorded()).await;
         }
+        self.metrics.begun(Begun::Execute);
         let given: Vec<_> = streams.iter().flatten().map(|number| descriptors[*number].as_fd()).collect();
         let order = ToSupervisor::Execute {
             number,
@@ -327,7 +387,23 @@ impl Core {
 }
 
 impl Live {
-    fn new(id: String, channel: UnixStream, handle: UnixStream, effects: Effects) -> Live {
-        Live { id, channel, handle, effects: Mutex::new(effects), proof: Mutex::new(()) }
+    fn new(id: String, channel: UnixStream, handle: UnixStream, effects: Effects, holder: Holder) -> Live {
+        Live {
+            id,
+            channel,
+            handle,
+            effects: Mutex::new(effects),
+            proof: Mutex::new(()),
+            holder: tokio::sync::Mutex::new(holder),
+            renewals: Renewals::default(),
+        }
     }
+}
+
+fn is_name(effect: &str) -> Result<(), Denial> {
+    if (1..=EFFECT_BYTES_MAX).contains(&effect.len()) {
+        return Ok(());
+    }
+    let message = format!("an effect's name has 1 to {EFFECT_BYTES_MAX} bytes");
+    Err(Denial::new(Code::NotNarrower, message))
 }

@@ -11,6 +11,7 @@ use crate::connection::{Connection, End, Foreign};
 use crate::protocol::{Denial, Ran, Run};
 use crate::serve::audit::bounded;
 use crate::serve::inner::{FromSupervisor, Start, ToLauncher};
+use crate::serve::metrics::Begun;
 
 impl Core {
     /// The life of a run: record, start, wait, record, answer.
@@ -22,29 +23,32 @@ impl Core {
         descriptors: Vec<Foreign>,
         more: bool,
     ) -> Result<(), End> {
-        let peer = asker.peer;
-        let allowed = decide(&run, &asker.rights, &descriptors).and_then(|()| self.book(&run, peer));
+        let allowed = decide(&run, &asker.rights, &descriptors).and_then(|()| self.book(&run, asker));
         let sandbox = match allowed {
             Ok(sandbox) => sandbox,
-            Err(denial) => return self.deny(connection, asker.peer, "Run", denial).await,
+            Err(denial) => return self.deny(connection, asker, "Run", denial).await,
         };
         let id = sandbox.id.clone();
         let command: Vec<&str> = run.command.iter().map(|word| bounded(word)).take(64).collect();
-        let event = json!({ "kind": "start", "sandbox": id, "uid": peer.uid, "policy": run.policy, "command": command });
+        let mut event = asker.event("start");
+        event["sandbox"] = id.as_str().into();
+        event["policy"] = run.policy.as_str().into();
+        event["command"] = json!(command);
         if !self.audit.record(event).await {
             self.table().sandboxes.remove(&id);
-            return self.deny(connection, asker.peer, "Run", Denial::not_recorded()).await;
+            return self.deny(connection, asker, "Run", Denial::not_recorded()).await;
         }
-        let process = run.workspace.as_ref().and_then(|_| connection.process());
+        self.metrics.begun(Begun::Run);
+        let process = run.workspace.as_ref().and_then(|_| asker.process(connection));
         let start = Start {
             sandbox,
-            peer: peer.into(),
+            peer: asker.peer.into(),
             run,
             handle: None,
             process: process.as_ref().map(|_| descriptors.len()),
         };
         let given: Vec<_> =
-            descriptors.iter().map(AsFd::as_fd).chain(process.as_ref().map(AsFd::as_fd)).collect();
+            descriptors.iter().map(AsFd::as_fd).chain(process.as_deref().map(AsFd::as_fd)).collect();
         let ended = match self.start(start, &given).await.and_then(packets) {
             Ok(channel) => {
                 drop(descriptors);
@@ -64,7 +68,7 @@ impl Core {
             FromSupervisor::Ended { report } => {
                 connection.reply(Ran { sandbox: id, report: Some(report) }, false).await
             }
-            FromSupervisor::Denied { denial } => self.deny(connection, asker.peer, "Run", denial).await,
+            FromSupervisor::Denied { denial } => self.deny(connection, asker, "Run", denial).await,
             ended => self.not_started(connection, ended).await,
         }
     }
