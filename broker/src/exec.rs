@@ -90,10 +90,9 @@ fn through(
 ) -> ExitCode {
     let report_to = arguments.report.clone();
     let name = arguments.policy.clone();
-    let policy = Policies::of_host().load(&name).map_err(|error| error.to_string());
-    // Which variables are passed on is the policy's; without it the daemon has the last word anyway.
-    let wishes = policy.and_then(|policy| wishes(arguments, Some(&policy)));
-    let wishes = match wishes {
+    // Which variables are passed on is the policy's, where it can be read here; what it is, is the daemon's to say.
+    let policy = Policies::of_host().load(&name).ok();
+    let wishes = match wishes(arguments, policy.as_ref()) {
         Ok(wishes) => wishes,
         Err(error) => return refuse(&error),
     };

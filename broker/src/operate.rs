@@ -41,11 +41,12 @@ pub fn list(socket: &Path, json: bool) -> ExitCode {
     exit(all(socket).and_then(|sandboxes| {
         if json {
             let text = serde_json::to_string_pretty(&sandboxes).map_err(|error| error.to_string())?;
-            return Ok(text + "\n");
+            return Ok(say::tame(&text) + "\n");
         }
         let line = |sandbox: &Sandbox| {
             // A command may hold anything; a terminal is told of it in JSON's escapes.
             let command = serde_json::to_string(&sandbox.command.join(" ")).unwrap_or_default();
+            let command = say::tame(&command);
             let session = sandbox.session.as_deref().unwrap_or("-");
             format!("{:<18} {:<10} {:<10} {session:<10} {command}\n", sandbox.id, sandbox.uid, sandbox.policy)
         };
@@ -58,7 +59,9 @@ pub fn list(socket: &Path, json: bool) -> ExitCode {
 /// `broker inspect`
 pub fn inspect(socket: &Path, id: &str) -> ExitCode {
     exit(call::<Value>(socket, "Inspect", &Named { sandbox: id.to_owned() }).and_then(|found| {
-        serde_json::to_string_pretty(&found).map(|text| text + "\n").map_err(|error| error.to_string())
+        serde_json::to_string_pretty(&found)
+            .map(|text| say::tame(&text) + "\n")
+            .map_err(|error| error.to_string())
     }))
 }
 

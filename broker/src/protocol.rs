@@ -212,7 +212,7 @@ pub enum Mode {
 }
 
 /// Limits that may only tighten the policy's.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
     /// Wall-clock time.

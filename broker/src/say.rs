@@ -21,6 +21,21 @@ pub fn one_line(text: &str) -> String {
     line
 }
 
+/// JSON for a terminal too: also what JSON need not escape is, where it would tell a terminal something or turn a line round.
+pub fn tame(json: &str) -> String {
+    let mut tame = String::with_capacity(json.len());
+    for character in json.chars() {
+        let turns =
+            matches!(character, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        if turns || character.is_control() && character != '\n' {
+            tame.push_str(&format!("\\u{:04x}", u32::from(character)));
+        } else {
+            tame.push(character);
+        }
+    }
+    tame
+}
+
 /// On standard output.
 ///
 /// # Errors

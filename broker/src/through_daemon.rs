@@ -19,6 +19,7 @@ use crate::say::complain;
 
 /// Runs the command of `wishes` under the policy of that name, and returns the report.
 pub fn run(mut client: Client, socket: &Path, policy: &str, wishes: Wishes) -> Result<Value, ClientError> {
+    let signals = blocked()?;
     let Offered { mut descriptors, streams, pumps } = Offered::of(&wishes)?;
     let workspace = wishes.workspace.as_ref().map(|wish| -> io::Result<Directory> {
         descriptors.push(open(&wish.directory)?);
@@ -39,8 +40,6 @@ pub fn run(mut client: Client, socket: &Path, policy: &str, wishes: Wishes) -> R
             cpus: wishes.cpus,
         }),
     };
-    let signals = SigSet::from_iter(sandbox::PASSED_ON);
-    signals.thread_block().map_err(io::Error::from)?;
     let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
     client.send("Run", &run, true, &borrowed)?;
     drop(descriptors);
@@ -60,6 +59,7 @@ pub fn run_in(
     sandbox: &str,
     wishes: &Wishes,
 ) -> Result<Value, ClientError> {
+    let signals = blocked()?;
     let Offered { descriptors, streams, pumps } = Offered::of(wishes)?;
     // A name of its own: asking again is another run.
     let nanoseconds = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
@@ -73,8 +73,6 @@ pub fn run_in(
         path: std::env::var("PATH").unwrap_or_default(),
         streams,
     };
-    let signals = SigSet::from_iter(sandbox::PASSED_ON);
-    signals.thread_block().map_err(io::Error::from)?;
     let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
     client.send("Execute", &execute, true, &borrowed)?;
     drop(descriptors);
@@ -86,6 +84,13 @@ pub fn run_in(
         outcome
     };
     Ok(finished(json!({ "outcome": outcome, "sandbox": sandbox }), pumps))
+}
+
+/// Signals that are to be passed on; before there is a second thread, which they would end the process by.
+fn blocked() -> io::Result<SigSet> {
+    let signals = SigSet::from_iter(sandbox::PASSED_ON);
+    signals.thread_block()?;
+    Ok(signals)
 }
 
 /// What goes over of the standard streams.

@@ -25,6 +25,8 @@ pub(crate) struct Prepared<'a> {
     pub filter: &'a BpfProgram,
     pub trees: Trees,
     pub entry: Option<Entry>,
+    /// A network namespace that is ready; nothing where this one is new already.
+    pub network: Option<OwnedFd>,
     /// The host uid and gid of the workload.
     pub uid: u32,
     /// What becomes standard input, output and error; the sandbox's own `/dev/null` where there is nothing.
@@ -117,9 +119,9 @@ pub(crate) struct Confined(());
 
 /// Goes the whole way.
 pub(crate) fn confine(prepared: Prepared<'_>) -> Result<Confined> {
-    let Prepared { plan, filter, trees, entry, uid, streams, kept } = prepared;
+    let Prepared { plan, filter, trees, entry, network, uid, streams, kept } = prepared;
     Born(())
-        .separate(entry)?
+        .separate(entry, network)?
         .root(plan, trees, uid)?
         .limit(&plan.rlimits)?
         .describe(streams, kept)?
@@ -129,7 +131,7 @@ pub(crate) fn confine(prepared: Prepared<'_>) -> Result<Confined> {
 }
 
 impl Born {
-    fn separate(self, entry: Option<Entry>) -> Result<Separate> {
+    fn separate(self, entry: Option<Entry>, network: Option<OwnedFd>) -> Result<Separate> {
         if let Some(Entry::Write(files)) = entry {
             for (object, file) in files.iter().enumerate() {
                 rustix::io::write(file, b"0")
@@ -145,7 +147,10 @@ impl Born {
             // After the move, so that the new root of control groups is the sandbox's own.
             &|| Ok(nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWCGROUP)?),
             &|| Ok(rustix::system::sethostname(crate::plan::HOSTNAME.as_bytes())?),
-            &sys::loopback_up,
+            &|| match &network {
+                Some(ready) => Ok(nix::sched::setns(ready, nix::sched::CloneFlags::CLONE_NEWNET)?),
+                None => sys::loopback_up(),
+            },
             &|| Ok(rustix::process::setsid().map(drop)?),
         ];
         for (object, call) in calls.iter().enumerate() {

@@ -1,5 +1,6 @@
 //! The story of a run: [`run`]. The process that gets here has one thread and holds no secret.
 
+use std::cell::Cell;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -26,9 +27,9 @@ use crate::supervise::{Ended, Running, Signals};
 use crate::sys::{self, Setting, Side};
 use crate::workspace::{Lent, Workspace, WorkspaceError};
 
-/// Every namespace but those of users, which comes last, and control groups, which comes after the move into one.
-const NAMESPACES: i32 =
-    libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+/// Every namespace but those of users, which comes last, of control groups, which comes after the move into one, and of
+/// networks, which may be there already.
+const NAMESPACES: i32 = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
 
 /// Why nothing was started, or it is not known how it ended.
 #[derive(Debug)]
@@ -122,6 +123,8 @@ pub struct Given {
     pub caller: (u32, u32),
     /// The caller itself (pidfd_open(2)).
     pub process: Option<OwnedFd>,
+    /// A network namespace that nobody has been in, as [`network_namespace`] makes it; nothing where one is made now.
+    pub network: Option<OwnedFd>,
 }
 
 /// As [`run`], with what a caller has handed over. Standard streams of this process are replaced.
@@ -129,19 +132,19 @@ pub struct Given {
 /// # Errors
 /// As [`run`].
 pub fn run_given(plan: &Plan, shared: &Path, given: Given) -> Result<Report, LaunchError> {
-    let lent = lend(plan, given)?;
-    with_parts(plan, shared, lent.as_ref(), launch)
+    let (lent, network) = lend(plan, given)?;
+    with_parts(plan, shared, lent.as_ref(), network, launch)
 }
 
 /// Takes what was given: the streams become this process's own.
-pub(crate) fn lend(plan: &Plan, given: Given) -> Result<Option<Lent>, LaunchError> {
-    let Given { streams, workspace, caller: (uid, gid), process } = given;
+pub(crate) fn lend(plan: &Plan, given: Given) -> Result<(Option<Lent>, Option<OwnedFd>), LaunchError> {
+    let Given { streams, workspace, caller: (uid, gid), process, network } = given;
     streams::install(streams).map_err(call("standard streams"))?;
     let lent = workspace.map(|directory| Lent { directory, uid, gid, process });
     if plan.workspace.is_some() && lent.is_none() {
         return Err(call("workspace")(io::Error::from_raw_os_error(libc::EBADF)));
     }
-    Ok(lent)
+    Ok((lent, network))
 }
 
 /// Runs the command of `plan` in a sandbox of its own, and returns when nothing of it is left.
@@ -153,7 +156,7 @@ pub(crate) fn lend(plan: &Plan, given: Given) -> Result<Option<Lent>, LaunchErro
 /// # Errors
 /// When the sandbox cannot be set up as planned. Then nothing was executed, and nothing is left either.
 pub fn run(plan: &Plan, shared: &Path) -> Result<Report, LaunchError> {
-    with_parts(plan, shared, None, launch)
+    with_parts(plan, shared, None, None, launch)
 }
 
 /// Takes what a sandbox needs from this host, has it `lived`, and gives everything back.
@@ -161,6 +164,7 @@ pub(crate) fn with_parts(
     plan: &Plan,
     shared: &Path,
     lent: Option<&Lent>,
+    network: Option<OwnedFd>,
     lived: impl FnOnce(&Parts<'_>, Option<&Workspace>) -> Result<(Ended, Option<Copied>), LaunchError>,
 ) -> Result<Report, LaunchError> {
     sys::hear_of_children();
@@ -176,7 +180,8 @@ pub(crate) fn with_parts(
         .map(|plan| Workspace::open(plan, slot.uid(), &shared.join("holds"), lent))
         .transpose();
     let ended = workspace.map_err(LaunchError::Workspace).and_then(|workspace| {
-        let parts = Parts { plan, filter: &filter, slot: &slot, group: group.as_ref(), signals: &signals };
+        let (group, network) = (group.as_ref(), Cell::new(network));
+        let parts = Parts { plan, filter: &filter, slot: &slot, group, signals: &signals, network };
         let ended = lived(&parts, workspace.as_ref());
         if let Some(workspace) = &workspace {
             workspace.release();
@@ -198,6 +203,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) slot: &'a Slot,
     pub(crate) group: Option<&'a Group>,
     pub(crate) signals: &'a Signals,
+    /// For the first init; another gets one of its own.
+    pub(crate) network: Cell<Option<OwnedFd>>,
 }
 
 /// From the host's trees to the end of the sandbox.
@@ -239,11 +246,13 @@ pub(crate) fn make_init(
         Some(Entry::Clone(group)) => Some(group.as_fd()),
         _ => None,
     };
-    match sys::clone3(NAMESPACES, into).map_err(call("clone3"))? {
+    let network = parts.network.take();
+    let new = if network.is_some() { NAMESPACES } else { NAMESPACES | libc::CLONE_NEWNET };
+    match sys::clone3(new, into).map_err(call("clone3"))? {
         Side::Child => {
             let locks = workspace.into_iter().flat_map(Workspace::locks).chain([slot.lock()]);
             let kept = locks.map(AsFd::as_fd).chain([said.as_fd()]).collect();
-            let prepared = Prepared { plan, filter, trees, entry, uid: slot.uid(), streams, kept };
+            let prepared = Prepared { plan, filter, trees, entry, network, uid: slot.uid(), streams, kept };
             match confine(prepared) {
                 Ok(confined) => live(&confined, &said),
                 Err(failure) => init::setup_failed(&said, &failure),
@@ -281,6 +290,15 @@ pub fn fork_supervisor(
             sys::exit_now(0)
         }
     }
+}
+
+/// A network namespace with nothing but loopback, that nobody is in. It belongs to the caller's user namespace. The caller has
+/// one thread.
+///
+/// # Errors
+/// As clone3(2) with `CLONE_NEWNET`.
+pub fn network_namespace() -> io::Result<OwnedFd> {
+    sys::namespace_of_child(libc::CLONE_NEWNET, "net", Some(&sys::loopback_up), |_| Ok(()))
 }
 
 /// What all who start sandboxes on this host share.

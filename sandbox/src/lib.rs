@@ -29,7 +29,7 @@ mod workspace;
 pub use cgroup::GroupError;
 pub use host::{Caller, Cgroups, Controller, Device, Host, PathKind};
 pub use job::{Job, NarrowError, Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish};
-pub use launch::{Given, LaunchError, fork_supervisor, run, run_given, shared_directory};
+pub use launch::{Given, LaunchError, fork_supervisor, network_namespace, run, run_given, shared_directory};
 pub use live::{Next, Orders, live};
 pub use open::OpenError;
 pub use plan::{
@@ -44,6 +44,6 @@ pub use policy::{
 pub use report::{Denials, EndedBy, Enforcement, Outcome, Report, Usage};
 pub use slot::SlotError;
 pub use streams::classify as classify_streams;
-pub use supervise::PASSED_ON;
+pub use supervise::{Heard, PASSED_ON};
 pub use sys::{drop_bounding_set, take_passed_descriptor, unread_by_peer};
 pub use workspace::WorkspaceError;

@@ -23,7 +23,7 @@ use crate::plan::files::WORKSPACE;
 use crate::plan::{CommandPlan, Plan, Step};
 use crate::relay::Copied;
 use crate::report::{Outcome, Report};
-use crate::supervise::{End, Ended, Signals};
+use crate::supervise::{End, Ended, Heard, Signals};
 use crate::workspace::{Workspace, clone_there};
 
 /// The line to the init of a sandbox that lives.
@@ -43,9 +43,9 @@ impl Orders<'_> {
         self.signals.as_fd()
     }
 
-    /// Whether the launcher has told this process to end the sandbox.
-    pub fn is_told_to_end(&self) -> bool {
-        self.signals.end_was_sent()
+    /// What was sent to this process.
+    pub fn heard(&self) -> Heard {
+        self.signals.heard()
     }
 
     /// Starts a command under a number that no other living one has; a stream that is nothing is `/dev/null`.
@@ -129,8 +129,8 @@ pub fn live(
     given: Given,
     attend: impl FnMut(&Orders<'_>) -> io::Result<Next>,
 ) -> Result<Report, LaunchError> {
-    let lent = lend(plan, given)?;
-    with_parts(plan, shared, lent.as_ref(), |parts, workspace| stay(parts, workspace, attend))
+    let (lent, network) = lend(plan, given)?;
+    with_parts(plan, shared, lent.as_ref(), network, |parts, workspace| stay(parts, workspace, attend))
 }
 
 fn stay(

@@ -185,6 +185,11 @@ impl Plan {
         })
     }
 
+    /// What another command comes to in a sandbox of this plan.
+    pub fn command_for(&self, policy: &Policy, job: &Job, host: &Host) -> CommandPlan {
+        CommandPlan::make(policy, job, host, &self.files)
+    }
+
     /// SHA-256 of the plan's JSON, in hexadecimal.
     pub fn hash(&self) -> String {
         crate::policy::hex_hash(&serde_json::to_vec(self).unwrap_or_default())

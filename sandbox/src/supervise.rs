@@ -27,6 +27,15 @@ pub const PASSED_ON: [NixSignal; 6] = [
 /// What a launcher sends to end a sandbox at once.
 const END: i32 = libc::SIGALRM;
 
+/// What was sent to a process that has a sandbox.
+#[derive(Debug, Default)]
+pub struct Heard {
+    /// Its launcher has told it to end the sandbox.
+    pub end: bool,
+    /// Signals for the command.
+    pub passed_on: Vec<i32>,
+}
+
 /// The signals of this process that become events, from before the child is made until the end.
 pub(crate) struct Signals {
     arrived: SignalFd,
@@ -46,13 +55,16 @@ impl Signals {
 }
 
 impl Signals {
-    /// Whether a launcher has told this process to end its sandbox. Other signals are taken, and mean nothing here.
-    pub(crate) fn end_was_sent(&self) -> bool {
-        let mut end = false;
+    /// All that have arrived.
+    pub(crate) fn heard(&self) -> Heard {
+        let mut heard = Heard::default();
         while let Ok(Some(signal)) = self.arrived.read_signal() {
-            end |= signal.ssi_signo.cast_signed() == END;
+            match signal.ssi_signo.cast_signed() {
+                END => heard.end = true,
+                number => heard.passed_on.push(number),
+            }
         }
-        end
+        heard
     }
 }
 

@@ -193,6 +193,51 @@ pub fn loopback_up() -> io::Result<()> {
     check(i64::from(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) }))
 }
 
+/// A new namespace of `kind`, as `/proc/PID/ns/NAME` names it, of a child that ends before this returns. The child runs
+/// `inside` first, and the parent then `outside`, with its directory in `/proc`. The caller has one thread.
+///
+/// # Errors
+/// As clone3(2), or what either of the two said.
+pub fn namespace_of_child(
+    kind: i32,
+    name: &str,
+    inside: Option<&dyn Fn() -> io::Result<()>>,
+    outside: impl FnOnce(&std::path::Path) -> io::Result<()>,
+) -> io::Result<OwnedFd> {
+    use rustix::fs::{CWD, Mode, OFlags, openat};
+    use rustix::process::{WaitId, WaitIdOptions, waitid};
+    let (wait, go) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    let (hear, say) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    match clone3(kind, None)? {
+        Side::Child => {
+            drop((go, hear));
+            if let Some(inside) = inside {
+                let done = inside().err().map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
+                let _ = rustix::io::write(&say, &done.to_ne_bytes());
+            }
+            let _ = rustix::io::read(&wait, &mut [0_u8; 1]);
+            exit_now(0)
+        }
+        Side::Parent { pid, pidfd } => {
+            drop(say);
+            let folder = std::path::PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
+            let mut errno = [0; 4];
+            let heard = if inside.is_some() { rustix::io::read(&hear, &mut errno) } else { Ok(4) };
+            let made = match heard {
+                Ok(4) if errno == [0; 4] => outside(&folder).and_then(|()| {
+                    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                    Ok(openat(CWD, folder.join("ns").join(name), flags, Mode::empty())?)
+                }),
+                Ok(4) => Err(io::Error::from_raw_os_error(i32::from_ne_bytes(errno))),
+                _ => Err(io::Error::from_raw_os_error(libc::ECHILD)),
+            };
+            drop(go);
+            waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED)?;
+            made
+        }
+    }
+}
+
 /// How much of what was sent into a Unix socket its other end has not read (`SIOCOUTQ`, unix(7)): bytes of the kernel's
 /// buffers, 0 when it has read everything.
 ///

@@ -6,14 +6,14 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::OwnedFd;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, fstatfs, openat, openat2};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
 use crate::job::WorkspaceMode;
 use crate::plan::WorkspacePlan;
-use crate::sys::{self, MountAttributes, Reach, Side};
+use crate::sys::{self, MountAttributes, Reach};
 use placeholder::{Held, Registry};
 
 /// `OVERLAYFS_SUPER_MAGIC`.
@@ -279,27 +279,8 @@ fn idmapped(mount: OwnedFd, owner: Owner, mode: WorkspaceMode, uid: u32) -> io::
 
 /// A user namespace that exists only as a pair of maps.
 fn user_namespace(uid_map: &str, gid_map: &str) -> io::Result<OwnedFd> {
-    let (wait, go) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-    match sys::clone3(libc::CLONE_NEWUSER, None)? {
-        Side::Child => {
-            drop(go);
-            let _ = rustix::io::read(&wait, &mut [0_u8; 1]);
-            sys::exit_now(0)
-        }
-        Side::Parent { pid, pidfd } => {
-            let folder = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
-            let made = std::fs::write(folder.join("uid_map"), uid_map)
-                .and_then(|()| std::fs::write(folder.join("gid_map"), gid_map))
-                .and_then(|()| {
-                    Ok(openat(CWD, folder.join("ns/user"), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
-                });
-            drop(go);
-            let ended = rustix::process::waitid(
-                rustix::process::WaitId::PidFd(pidfd.as_fd()),
-                rustix::process::WaitIdOptions::EXITED,
-            );
-            ended?;
-            made
-        }
-    }
+    sys::namespace_of_child(libc::CLONE_NEWUSER, "user", None, |folder| {
+        std::fs::write(folder.join("uid_map"), uid_map)?;
+        std::fs::write(folder.join("gid_map"), gid_map)
+    })
 }

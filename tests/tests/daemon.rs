@@ -10,6 +10,8 @@ mod interface;
 mod lifetime;
 #[path = "daemon/lives.rs"]
 mod lives;
+#[path = "daemon/pool.rs"]
+mod pool;
 #[path = "daemon/record.rs"]
 mod record;
 #[path = "daemon/runs.rs"]

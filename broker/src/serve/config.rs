@@ -1,6 +1,6 @@
 //! The daemon's configuration, and what it gives to whom. Absent means nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use sandbox::{ByteSize, PolicyName};
@@ -21,6 +21,18 @@ pub struct Config {
     pub server: Server,
     /// `[[access]]`
     pub access: Vec<Access>,
+    /// `[pool]`
+    pub pool: Pool,
+}
+
+/// `[pool]`: what is made before anybody asks.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Pool {
+    /// Network namespaces. Each is used once.
+    pub networks: u8,
+    /// Sandboxes, by policy, for who brings no workspace and asks for no tighter limits. Each is used once.
+    pub warm: BTreeMap<PolicyName, u8>,
 }
 
 /// `[server]`

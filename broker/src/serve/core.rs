@@ -7,23 +7,25 @@ mod denials;
 mod holders;
 mod lives;
 mod operate;
+mod pool;
 mod run;
 mod scrape;
 mod service;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::net::{RecvFlags, SendFlags};
+use sandbox::PolicyName;
 use serde_json::{Value, json};
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 
 use super::audit::{Audit, bounded, now_ms};
 use super::config::{Accounts, Config};
-use super::inner::{FromSupervisor, Start, ToCore, ToLauncher, channel, receive, send};
+use super::inner::{FromSupervisor, Kind, Start, ToCore, ToLauncher, channel, receive, send};
 use super::metrics::Metrics;
 use crate::connection::{Connection, End, Foreign};
 use crate::protocol::{Code, Denial, INTERFACE, Run, Sandbox};
@@ -31,6 +33,7 @@ use crate::wire::{self, Breach, Call};
 use askers::Asker;
 use denials::Denials;
 use lives::Live;
+use pool::Warm;
 
 /// What one uid may have at the same time.
 const SANDBOXES_MAX: usize = 256;
@@ -50,6 +53,9 @@ struct Table {
     sandboxes: BTreeMap<String, Sandbox>,
     /// Those that wait for commands, by the kernel's name for the callers' end of their handle.
     lives: BTreeMap<String, Arc<Live>>,
+    /// Those that are nobody's yet, and the policies of which some are being made.
+    pool: BTreeMap<PolicyName, Vec<Warm>>,
+    making: BTreeSet<PolicyName>,
     connections: BTreeMap<u32, usize>,
     denials: BTreeMap<u32, Denials>,
     started: u64,
@@ -73,6 +79,7 @@ pub async fn serve(launcher: OwnedFd) -> Result<(), String> {
     if let Some(scraped) = scraped {
         tokio::spawn(scrape::serve(Arc::clone(&core), scraped));
     }
+    core.fill_pool();
     tokio::select! {
         ended = hear(Arc::clone(&core)) => ended.map_err(|error| format!("the launcher: {error}")),
         ended = askers::accept(core, listener) => ended.map_err(|error| format!("accept: {error}")),
@@ -94,15 +101,18 @@ async fn hear(core: Arc<Core>) -> io::Result<()> {
             .await?;
         match received {
             None => return Ok(()),
-            Some((ToCore::Living { sandbox, handle }, descriptors)) => {
+            Some((ToCore::Living { sandbox, kind: Kind::Warm }, _)) => core.end_warm(&sandbox.id).await,
+            Some((ToCore::Living { sandbox, kind }, descriptors)) => {
                 let mut channels = descriptors.into_iter();
                 let Some(channel) = channels.next() else { continue };
                 let id = sandbox.id.clone();
                 core.table().sandboxes.insert(id.clone(), sandbox.clone());
                 let (core, channel) = (Arc::clone(&core), packets(channel)?);
-                match handle.zip(channels.next()) {
-                    Some((name, handle)) => core.adopt(&sandbox, name, channel, packets(handle)?),
-                    None => drop(tokio::spawn(async move {
+                match (kind, channels.next()) {
+                    (Kind::Live { handle }, Some(end)) => {
+                        core.adopt(&sandbox, handle, channel, packets(end)?)
+                    }
+                    _ => drop(tokio::spawn(async move {
                         let ended = hear_supervisor(&channel).await;
                         core.finish(&id, &ended).await;
                     })),
@@ -191,21 +201,31 @@ impl Core {
         connection.error(format!("{INTERFACE}.NotStarted"), parameters).await
     }
 
-    /// A name and a place in the table, if there is room.
-    fn book(&self, run: &Run, asker: &Asker) -> Result<Sandbox, Denial> {
+    /// What `run` is called, and how it is listed.
+    fn sandbox(&self, run: &Run, uid: u32, session: Option<String>) -> Sandbox {
+        let started_ms = now_ms();
+        let number = {
+            let mut table = self.table();
+            table.started += 1;
+            table.started
+        };
+        let id = format!("{started_ms:x}-{number}");
+        let command = run.command.iter().take(8).map(|word| bounded(word).to_owned()).collect();
+        Sandbox { id, policy: run.policy.clone(), uid, session, command, started_ms }
+    }
+
+    /// A name and a place in the table, if there is room; the name of `warm` where that is used.
+    fn book(&self, run: &Run, asker: &Asker, warm: Option<&Warm>) -> Result<Sandbox, Denial> {
         let uid = asker.peer.uid;
+        let mut sandbox = self.sandbox(run, uid, asker.session.clone());
+        if let Some(warm) = warm {
+            sandbox.id = warm.id().to_owned();
+        }
         let mut table = self.table();
         if table.sandboxes.values().filter(|sandbox| sandbox.uid == uid).count() >= SANDBOXES_MAX {
             return Err(Denial::new(Code::TooMany, format!("{SANDBOXES_MAX} sandboxes are yours already")));
         }
-        table.started += 1;
-        let started_ms = now_ms();
-        let id = format!("{:x}-{}", started_ms, table.started);
-        let command = run.command.iter().take(8).map(|word| bounded(word).to_owned()).collect();
-        let session = asker.session.clone();
-        let policy = run.policy.clone();
-        let sandbox = Sandbox { id: id.clone(), policy, uid, session, command, started_ms };
-        table.sandboxes.insert(id, sandbox.clone());
+        table.sandboxes.insert(sandbox.id.clone(), sandbox.clone());
         Ok(sandbox)
     }
 
@@ -231,7 +251,7 @@ impl Core {
             FromSupervisor::NotStarted { message, .. } => {
                 (json!({ "kind": "not_started", "message": bounded(message) }), "host".into())
             }
-            FromSupervisor::Ready | FromSupervisor::Renewed | FromSupervisor::Executed { .. } => {
+            FromSupervisor::Ready { .. } | FromSupervisor::Renewed | FromSupervisor::Executed { .. } => {
                 (Value::Null, Value::Null)
             }
         };

@@ -35,9 +35,24 @@ pub enum ToCore {
     Living {
         /// As it is listed.
         sandbox: Sandbox,
-        /// The kernel's name for the other end of its handle.
-        handle: Option<String>,
+        /// What it is for.
+        kind: Kind,
     },
+}
+
+/// What a sandbox is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// One command, whose end is its own.
+    Run,
+    /// It waits for commands, whoever holds its handle: the kernel's name for the end of it that the caller gets.
+    Live {
+        /// `socket:[N]`
+        handle: String,
+    },
+    /// It waits for somebody to be made for.
+    Warm,
 }
 
 /// From the core to the launcher.
@@ -47,6 +62,13 @@ pub enum ToLauncher {
     /// Start a sandbox. Descriptors: the core's end of its channel, the supervisor's, the core's end of its handle where it
     /// lives, then those of the request.
     Start(Box<Start>),
+    /// One that was warm is somebody's now; with the core's end of its handle where it lives.
+    Assign {
+        /// As it is listed.
+        sandbox: Sandbox,
+        /// What it is for.
+        kind: Kind,
+    },
     /// Peers are served; or, the answer to a ping.
     Serving,
     /// A signal for its command.
@@ -77,8 +99,8 @@ pub struct Start {
     pub peer: PeerIds,
     /// What was asked for; positions count from the request's first descriptor.
     pub run: Run,
-    /// It waits for commands, that of `run` is none: the kernel's name for the end of its handle that the caller gets.
-    pub handle: Option<String>,
+    /// What it is for. Where it waits, the command of `run` is none.
+    pub kind: Kind,
     /// The position of the caller's pidfd, where the kernel gives one.
     pub process: Option<usize>,
 }
@@ -115,6 +137,22 @@ pub enum ToSupervisor {
         /// Which of the standard streams are given.
         streams: [bool; 3],
     },
+    /// It was warm: this command is its only one, and its end is the sandbox's.
+    Run {
+        /// The command and its arguments.
+        command: Vec<String>,
+        /// Variables.
+        environment: Vec<Variable>,
+        /// The caller's `$PATH`.
+        path: String,
+        /// Which of the standard streams are given.
+        streams: [bool; 3],
+    },
+    /// It was warm: these are the variables of every command in it.
+    Serve {
+        /// Variables.
+        environment: Vec<Variable>,
+    },
     /// Pass a signal to one of its commands.
     Signal {
         /// The core's name for it.
@@ -127,11 +165,14 @@ pub enum ToSupervisor {
 }
 
 /// From a supervisor to the core.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromSupervisor {
     /// The sandbox waits for commands.
-    Ready,
+    Ready {
+        /// The hash of its policy.
+        policy: String,
+    },
     /// It does so again, and nothing of what ran in it before is left.
     Renewed,
     /// A command in it has ended, or could not be begun.

@@ -16,7 +16,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
 use super::config::Config;
-use super::inner::{Start, ToCore, ToLauncher, channel, receive, send, until};
+use super::inner::{Kind, Start, ToCore, ToLauncher, channel, receive, send, until};
 use super::supervisor;
 use crate::protocol::Sandbox;
 use crate::say::complain;
@@ -24,13 +24,15 @@ use crate::say::complain;
 /// Until a core that has ended is started again; doubled for one that ends at once, up to the longest.
 const RESTART_PAUSE: Duration = Duration::from_millis(100);
 const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// After so long without a request something can be made ahead.
+const IDLE: Duration = Duration::from_millis(5);
 /// What tells a supervisor to end its sandbox at once.
 const END: Signal = Signal::ALARM;
 
 /// A sandbox that lives, or whose end the core has not recorded yet.
 struct Living {
     sandbox: Sandbox,
-    handle: Option<String>,
+    kind: Kind,
     /// The core's end of its channel, and of its handle, for a core that comes after this one.
     channels: Vec<OwnedFd>,
     /// Nothing once it was reaped.
@@ -48,6 +50,8 @@ pub struct Launcher {
     /// How often systemd is told that the core answers, and when the core was asked last.
     watchdog: Option<(Duration, Instant)>,
     living: BTreeMap<String, Living>,
+    /// Network namespaces that nobody has been in.
+    networks: Vec<OwnedFd>,
 }
 
 /// The core, as the launcher has it.
@@ -73,7 +77,7 @@ impl Launcher {
         let signals = SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         nix::unistd::setgroups(&[])?;
         let watchdog = sd_notify::watchdog_enabled().map(|limit| (limit / 3, Instant::now()));
-        Ok(Launcher { config, listeners, signals, watchdog, living: BTreeMap::new() })
+        Ok(Launcher { config, listeners, signals, watchdog, living: BTreeMap::new(), networks: Vec::new() })
     }
 
     /// Runs until it is told to stop, and leaves nothing behind.
@@ -136,8 +140,8 @@ impl Launcher {
         send(&ours, &ToCore::Setup(self.config.clone()), &sockets, SendFlags::empty())?;
         for living in self.living.values().filter(|living| !living.forgotten) {
             let channels: Vec<_> = living.channels.iter().map(AsFd::as_fd).collect();
-            let (sandbox, handle) = (living.sandbox.clone(), living.handle.clone());
-            send(&ours, &ToCore::Living { sandbox, handle }, &channels, SendFlags::empty())?;
+            let (sandbox, kind) = (living.sandbox.clone(), living.kind.clone());
+            send(&ours, &ToCore::Living { sandbox, kind }, &channels, SendFlags::empty())?;
         }
         Ok(Core { process, channel: ours })
     }
@@ -159,8 +163,23 @@ impl Launcher {
         let mut waits =
             vec![PollFd::new(&core.channel, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
         waits.extend(alive.iter().map(|(_, supervisor)| PollFd::new(*supervisor, PollFlags::IN)));
-        let next_ping = self.watchdog.map(|(interval, last)| until(last + interval));
-        match poll(&mut waits, next_ping.as_ref()) {
+        let next_ping = self.watchdog.map(|(interval, last)| last + interval);
+        // What can be made ahead is made when nobody has asked for anything for a moment.
+        let lacks = self.networks.len() < self.config.pool.networks.into();
+        let idle = lacks.then(|| Instant::now() + IDLE);
+        let next = idle.into_iter().chain(next_ping).min().map(until);
+        match poll(&mut waits, next.as_ref()) {
+            Ok(0) if lacks => {
+                drop(waits);
+                match sandbox::network_namespace() {
+                    Ok(network) => self.networks.push(network),
+                    Err(error) => {
+                        complain!("no network namespace can be made ahead: {error}");
+                        self.config.pool.networks = 0;
+                    }
+                }
+                return Ok(Turn::Go);
+            }
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -211,6 +230,12 @@ impl Launcher {
                     complain!("a sandbox cannot be started: {error}");
                 }
             }
+            ToLauncher::Assign { sandbox, kind } => {
+                if let Some(living) = self.living.get_mut(&sandbox.id) {
+                    (living.sandbox, living.kind) = (sandbox, kind);
+                    living.channels.extend(descriptors);
+                }
+            }
             ToLauncher::Serving => {
                 // Both at once: what systemd has heard before changes nothing. Without systemd nobody hears it.
                 let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Watchdog]);
@@ -241,13 +266,20 @@ impl Launcher {
         let (Some(cores), Some(supervisors)) = (descriptors.next(), descriptors.next()) else {
             return Ok(());
         };
-        let cores_handle = if start.handle.is_some() { descriptors.next() } else { None };
-        let (sandbox, handle) = (start.sandbox.clone(), start.handle.clone());
-        let supervisor = sandbox::fork_supervisor(descriptors.collect(), supervisors, |given, channel| {
-            supervisor::live(start, given, &channel);
-        })?;
+        let cores_handle = if matches!(start.kind, Kind::Live { .. }) { descriptors.next() } else { None };
+        let (sandbox, kind) = (start.sandbox.clone(), start.kind.clone());
+        let network = self.networks.pop();
+        let ready = network.is_some();
+        let supervisor = sandbox::fork_supervisor(
+            descriptors.chain(network).collect(),
+            supervisors,
+            |mut given, channel| {
+                let network = if ready { given.pop() } else { None };
+                supervisor::live(start, given, network, &channel);
+            },
+        )?;
         let channels = std::iter::once(cores).chain(cores_handle).collect();
-        let living = Living { sandbox, handle, channels, supervisor: Some(supervisor), forgotten: false };
+        let living = Living { sandbox, kind, channels, supervisor: Some(supervisor), forgotten: false };
         self.living.insert(living.sandbox.id.clone(), living);
         Ok(())
     }

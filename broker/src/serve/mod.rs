@@ -1,5 +1,6 @@
 //! `broker serve`: the daemon. The process that is started becomes the launcher; the core and the supervisors come from it.
 
+mod attendant;
 mod audit;
 mod config;
 mod core;
@@ -8,10 +9,10 @@ mod launcher;
 mod metrics;
 mod supervisor;
 
-use std::fs::{DirBuilder, Permissions};
+use std::fs::DirBuilder;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
@@ -91,9 +92,11 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
         std::fs::remove_file(path)?;
     }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, Permissions::from_mode(0o666))?;
-    Ok(listener)
+    // By the mask, not afterwards: a mode that is set by path could become another file's.
+    let mask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o111));
+    let listener = UnixListener::bind(path);
+    rustix::process::umask(mask);
+    listener
 }
 
 /// The core's first lines give up what it was born with; then it serves.
@@ -146,7 +149,7 @@ pub fn audit_show(state: &Path) -> ExitCode {
     use std::io::Write;
     let mut out = io::stdout().lock();
     let shown = audit::show(state, |line| {
-        let _ = writeln!(out, "{line}");
+        let _ = writeln!(out, "{}", crate::say::tame(line));
     });
     match shown {
         Ok(()) => ExitCode::SUCCESS,

@@ -23,7 +23,7 @@ use crate::protocol::{
     Code, Denial, Execute, Executed, INTERFACE, Progress, Provision, Provisioned, Run, Running, Sandbox,
 };
 use crate::serve::audit::{self, bounded};
-use crate::serve::inner::{FromSupervisor, Start, ToLauncher, ToSupervisor, channel, send};
+use crate::serve::inner::{FromSupervisor, Kind, Start, ToLauncher, ToSupervisor, channel, send};
 use crate::serve::metrics::Begun;
 
 /// The longest name of an effect, in bytes, and how many a sandbox remembers.
@@ -165,11 +165,14 @@ impl Core {
         let (ours, theirs) = channel().map_err(|_| End::Failed)?;
         let allowed = may_use(&run.policy, &asker.rights)
             .and_then(|()| all_named(&named, &descriptors))
-            .and_then(|()| is_lendable(run.workspace.as_ref(), &descriptors))
-            .and_then(|()| self.book(&run, asker));
-        let sandbox = match allowed {
+            .and_then(|()| is_lendable(run.workspace.as_ref(), &descriptors));
+        if let Err(denial) = allowed {
+            return self.deny(connection, asker, "Provision", denial).await;
+        }
+        let warm = self.take_warm(&run).await;
+        let sandbox = match self.book(&run, asker, warm.as_ref()) {
             Ok(sandbox) => sandbox,
-            Err(denial) => return self.deny(connection, asker, "Provision", denial).await,
+            Err(denial) => return self.refuse(connection, asker, "Provision", warm, denial).await,
         };
         let id = sandbox.id.clone();
         let began = Instant::now();
@@ -178,24 +181,29 @@ impl Core {
         event["policy"] = run.policy.as_str().into();
         if !self.audit.record(event).await {
             self.table().sandboxes.remove(&id);
-            return self.deny(connection, asker, "Provision", Denial::not_recorded()).await;
+            return self.refuse(connection, asker, "Provision", warm, Denial::not_recorded()).await;
         }
         self.metrics.begun(Begun::Provision);
-        let process = run.workspace.as_ref().and_then(|_| asker.process(connection));
         let name = name_of(&theirs);
-        let start = Start {
-            sandbox,
-            peer: asker.peer.into(),
-            run,
-            handle: Some(name.clone()),
-            process: process.as_ref().map(|_| descriptors.len()),
+        let kind = Kind::Live { handle: name.clone() };
+        let was_warm = warm.is_some();
+        let started = match warm {
+            Some(warm) => {
+                let first = ToSupervisor::Serve { environment: run.environment };
+                self.assign(warm, sandbox, kind, Some(ours.as_fd()), &first, &[]).await
+            }
+            None => {
+                let process = run.workspace.as_ref().and_then(|_| asker.process(connection));
+                let position = process.as_ref().map(|_| descriptors.len());
+                let start = Start { sandbox, peer: asker.peer.into(), run, kind, process: position };
+                let process = process.as_deref().map(AsFd::as_fd);
+                let request = descriptors.iter().map(AsFd::as_fd).chain(process);
+                let given: Vec<_> = std::iter::once(ours.as_fd()).chain(request).collect();
+                self.start(start, &given).await.and_then(packets)
+            }
         };
-        let request = descriptors.iter().map(AsFd::as_fd).chain(process.as_deref().map(AsFd::as_fd));
-        let given: Vec<_> = std::iter::once(ours.as_fd()).chain(request).collect();
-        let started =
-            self.start(start, &given).await.and_then(|channel| Ok((packets(channel)?, packets(ours)?)));
         drop(descriptors);
-        let (channel, handle) = match started {
+        let (channel, handle) = match started.and_then(|channel| Ok((channel, packets(ours)?))) {
             Ok(started) => started,
             Err(error) => {
                 let ended = not_started(format!("the launcher: {error}"));
@@ -205,15 +213,17 @@ impl Core {
         };
         let holder = Holder::new(asker.principal());
         let live = Arc::new(Live::new(id.clone(), channel, handle, Effects::default(), holder));
-        match hear_supervisor(&live.channel).await {
-            FromSupervisor::Ready => {}
-            FromSupervisor::Denied { denial } => {
-                self.finish(&id, &FromSupervisor::Denied { denial: denial.clone() }).await;
-                return self.deny(connection, asker, "Provision", denial).await;
-            }
-            ended => {
-                self.finish(&id, &ended).await;
-                return self.not_started(connection, ended).await;
+        if !was_warm {
+            match hear_supervisor(&live.channel).await {
+                FromSupervisor::Ready { .. } => {}
+                FromSupervisor::Denied { denial } => {
+                    self.finish(&id, &FromSupervisor::Denied { denial: denial.clone() }).await;
+                    return self.deny(connection, asker, "Provision", denial).await;
+                }
+                ended => {
+                    self.finish(&id, &ended).await;
+                    return self.not_started(connection, ended).await;
+                }
             }
         }
         self.metrics.started_in(began.elapsed());
@@ -262,7 +272,7 @@ impl Core {
                         core.note_end(&live, number, outcome).await
                     }
                     FromSupervisor::Renewed => live.renewals.one_more(),
-                    FromSupervisor::Ready => {}
+                    FromSupervisor::Ready { .. } => {}
                     ended => break ended,
                 }
             };

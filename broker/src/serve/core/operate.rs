@@ -1,7 +1,5 @@
 //! What is asked of sandboxes that are there: list, inspect, signal, kill; and of the daemon itself: what was counted and recorded.
 
-use std::collections::BTreeMap;
-
 use serde_json::json;
 
 use super::Core;
@@ -113,7 +111,11 @@ impl Core {
                 connections: table.connections.values().sum(),
                 sandboxes: table.sandboxes.len(),
                 descriptors: std::fs::read_dir("/proc/self/fd").map(Iterator::count).unwrap_or_default(),
-                pool: BTreeMap::new(),
+                pool: table
+                    .pool
+                    .iter()
+                    .map(|(policy, warm)| (policy.as_str().to_owned(), warm.len()))
+                    .collect(),
             }
         };
         self.metrics.text(&gauges)

@@ -1,32 +1,38 @@
 //! `Run`: one command in a sandbox of its own. [`Core::run`] tells the story.
 
+use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use serde_json::json;
 use tokio::net::UnixStream;
 
 use super::decide::decide;
+use super::pool::Warm;
 use super::{Asker, Core, hear_supervisor, not_started, packets};
 use crate::connection::{Connection, End, Foreign};
-use crate::protocol::{Denial, Ran, Run};
+use crate::protocol::{Denial, Ran, Run, Sandbox};
 use crate::serve::audit::bounded;
-use crate::serve::inner::{FromSupervisor, Start, ToLauncher};
+use crate::serve::inner::{FromSupervisor, Kind, Start, ToLauncher, ToSupervisor};
 use crate::serve::metrics::Begun;
 
 impl Core {
     /// The life of a run: record, start, wait, record, answer.
     pub(super) async fn run(
-        &self,
+        self: &Arc<Self>,
         connection: &mut Connection,
         asker: &Asker,
         run: Run,
         descriptors: Vec<Foreign>,
         more: bool,
     ) -> Result<(), End> {
-        let allowed = decide(&run, &asker.rights, &descriptors).and_then(|()| self.book(&run, asker));
-        let sandbox = match allowed {
+        if let Err(denial) = decide(&run, &asker.rights, &descriptors) {
+            return self.deny(connection, asker, "Run", denial).await;
+        }
+        let warm = self.take_warm(&run).await;
+        let sandbox = match self.book(&run, asker, warm.as_ref()) {
             Ok(sandbox) => sandbox,
-            Err(denial) => return self.deny(connection, asker, "Run", denial).await,
+            Err(denial) => return self.refuse(connection, asker, "Run", warm, denial).await,
         };
         let id = sandbox.id.clone();
         let command: Vec<&str> = run.command.iter().map(|word| bounded(word)).take(64).collect();
@@ -36,20 +42,22 @@ impl Core {
         event["command"] = json!(command);
         if !self.audit.record(event).await {
             self.table().sandboxes.remove(&id);
-            return self.deny(connection, asker, "Run", Denial::not_recorded()).await;
+            return self.refuse(connection, asker, "Run", warm, Denial::not_recorded()).await;
         }
         self.metrics.begun(Begun::Run);
-        let process = run.workspace.as_ref().and_then(|_| asker.process(connection));
-        let start = Start {
-            sandbox,
-            peer: asker.peer.into(),
-            run,
-            handle: None,
-            process: process.as_ref().map(|_| descriptors.len()),
+        let started = match warm {
+            Some(warm) => self.use_warm(warm, sandbox, run, &descriptors).await,
+            None => {
+                let process = run.workspace.as_ref().and_then(|_| asker.process(connection));
+                let position = process.as_ref().map(|_| descriptors.len());
+                let start =
+                    Start { sandbox, peer: asker.peer.into(), run, kind: Kind::Run, process: position };
+                let process = process.as_deref().map(AsFd::as_fd);
+                let given: Vec<_> = descriptors.iter().map(AsFd::as_fd).chain(process).collect();
+                self.start(start, &given).await.and_then(packets)
+            }
         };
-        let given: Vec<_> =
-            descriptors.iter().map(AsFd::as_fd).chain(process.as_deref().map(AsFd::as_fd)).collect();
-        let ended = match self.start(start, &given).await.and_then(packets) {
+        let ended = match started {
             Ok(channel) => {
                 drop(descriptors);
                 self.watch(connection, &id, &channel, more).await
@@ -60,17 +68,51 @@ impl Core {
             Ok(ended) => (ended, None),
             Err((ended, end)) => (ended, Some(end)),
         };
-        self.finish(&id, &ended).await;
+        // Its end is no act that would have to wait for its record.
+        self.table().sandboxes.remove(&id);
+        let (core, finished) = (Arc::clone(self), ended.clone());
+        tokio::spawn(async move { core.finish(&id, &finished).await });
         if let Some(end) = gone {
             return Err(end);
         }
         match ended {
             FromSupervisor::Ended { report } => {
-                connection.reply(Ran { sandbox: id, report: Some(report) }, false).await
+                let sandbox = report["sandbox"].as_str().unwrap_or_default().to_owned();
+                connection.reply(Ran { sandbox, report: Some(report) }, false).await
             }
             FromSupervisor::Denied { denial } => self.deny(connection, asker, "Run", denial).await,
             ended => self.not_started(connection, ended).await,
         }
+    }
+
+    /// Has one that was made ahead run its only command.
+    async fn use_warm(
+        &self,
+        warm: Warm,
+        sandbox: Sandbox,
+        run: Run,
+        descriptors: &[Foreign],
+    ) -> io::Result<UnixStream> {
+        let Run { command, environment, path, streams, .. } = run;
+        let given: Vec<_> = streams.iter().flatten().map(|number| descriptors[*number].as_fd()).collect();
+        let streams = streams.map(|stream| stream.is_some());
+        let first = ToSupervisor::Run { command, environment, path, streams };
+        self.assign(warm, sandbox, Kind::Run, None, &first, &given).await
+    }
+
+    /// Denies what a sandbox was taken for already.
+    pub(super) async fn refuse(
+        &self,
+        connection: &Connection,
+        asker: &Asker,
+        method: &str,
+        warm: Option<Warm>,
+        denial: Denial,
+    ) -> Result<(), End> {
+        if let Some(warm) = warm {
+            self.end_warm(warm.id()).await;
+        }
+        self.deny(connection, asker, method, denial).await
     }
 
     /// Waits for the end of a sandbox; a caller that goes away ends it. With `more` the caller is told of its beginning.
