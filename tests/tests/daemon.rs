@@ -10,6 +10,8 @@ mod lifetime;
 mod lives;
 #[path = "daemon/record.rs"]
 mod record;
+#[path = "daemon/rows.rs"]
+mod rows;
 #[path = "daemon/runs.rs"]
 mod runs;
 

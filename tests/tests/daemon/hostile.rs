@@ -24,7 +24,7 @@ fn answer(daemon: &Daemon, bytes: &[u8]) -> Vec<u8> {
     said
 }
 
-fn descriptors(daemon: &Daemon) -> usize {
+pub fn descriptors(daemon: &Daemon) -> usize {
     let core = daemon.role("core").expect("there is a core");
     fs::read_dir(format!("/proc/{core}/fd")).expect("root may look").count()
 }
@@ -204,23 +204,10 @@ print(s.recv(1000).decode())
     );
 }
 
-/// CB-01. The core can be neither read nor traced by its peers, and the launcher's channel is nobody else's.
+/// What speaks with peers has nothing that they could want.
 #[test]
-fn the_roles_are_closed_to_their_peers() {
+fn the_core_has_no_right_of_its_own() {
     let daemon = Daemon::start();
-    for role in ["core", "launcher"] {
-        let pid = daemon.role(role).expect("it lives");
-        for file in ["environ", "mem", "maps", "fd", "root"] {
-            let path = format!("/proc/{pid}/{file}");
-            let tried = Command::new("ls").arg("-L").arg(&path).uid(ADA).gid(ADA).output().expect("ls runs");
-            let read =
-                Command::new("head").args(["-c1", &path]).uid(ADA).gid(ADA).output().expect("head runs");
-            let denied = !read.status.success() && (file != "fd" || !tried.status.success());
-            assert!(denied, "{role}: {file} can be read: {tried:?} {read:?}");
-        }
-        // The control: root reads it.
-        assert!(fs::read(format!("/proc/{pid}/environ")).is_ok());
-    }
     let core = daemon.role("core").expect("it lives");
     let status = fs::read_to_string(format!("/proc/{core}/status")).expect("its status");
     for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {

@@ -13,16 +13,16 @@ use serde_json::json;
 use super::*;
 
 /// A caller of the interface itself, as any program could write one.
-struct Peer(UnixStream);
+pub struct Peer(pub UnixStream);
 
 impl Peer {
-    fn new(daemon: &Daemon) -> Peer {
+    pub fn new(daemon: &Daemon) -> Peer {
         let stream = UnixStream::connect(daemon.socket()).expect("it listens");
         stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a limit");
         Peer(stream)
     }
 
-    fn send(&self, method: &str, parameters: &Value, more: bool, descriptors: &[BorrowedFd<'_>]) {
+    pub fn send(&self, method: &str, parameters: &Value, more: bool, descriptors: &[BorrowedFd<'_>]) {
         let call = json!({ "method": format!("io.broker.Control.{method}"), "parameters": parameters, "more": more });
         let bytes = format!("{call}\0");
         let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(8))];
@@ -34,7 +34,7 @@ impl Peer {
         sendmsg(&self.0, &parts, &mut control, SendFlags::NOSIGNAL).expect("it listens");
     }
 
-    fn reply(&self) -> (Value, Vec<OwnedFd>) {
+    pub fn reply(&self) -> (Value, Vec<OwnedFd>) {
         let (mut said, mut descriptors) = (Vec::new(), Vec::new());
         while said.last() != Some(&0) {
             let mut byte = [0];
@@ -54,7 +54,7 @@ impl Peer {
         (serde_json::from_slice(&said).expect("JSON"), descriptors)
     }
 
-    fn provision(&self, workspace: Option<&Path>) -> (String, OwnedFd) {
+    pub fn provision(&self, workspace: Option<&Path>) -> (String, OwnedFd) {
         let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
         let open = |path: &Path| rustix::fs::open(path, flags, rustix::fs::Mode::empty());
         let directory = workspace.map(|path| open(path).expect("it is there"));
@@ -71,7 +71,7 @@ impl Peer {
     }
 
     /// Asks for a command; the end of its output.
-    fn ask(&self, handle: &OwnedFd, effect: &str, script: &str) -> std::io::PipeReader {
+    pub fn ask(&self, handle: &OwnedFd, effect: &str, script: &str) -> std::io::PipeReader {
         let (out, into) = std::io::pipe().expect("a pipe");
         let parameters = json!({
             "handle": 0, "effect": effect, "command": ["sh", "-c", script], "environment": [],
@@ -82,7 +82,7 @@ impl Peer {
     }
 
     /// A command, its reply and its output.
-    fn execute(&self, handle: &OwnedFd, effect: &str, script: &str) -> (Value, String) {
+    pub fn execute(&self, handle: &OwnedFd, effect: &str, script: &str) -> (Value, String) {
         let mut out = self.ask(handle, effect, script);
         let reply = self.reply().0;
         let mut said = String::new();
