@@ -14,6 +14,8 @@ mod record;
 mod rows;
 #[path = "daemon/runs.rs"]
 mod runs;
+#[path = "daemon/stages.rs"]
+mod stages;
 
 use std::fs;
 use std::os::unix::net::UnixStream;
