@@ -14,8 +14,12 @@ mod lives;
 mod pool;
 #[path = "daemon/record.rs"]
 mod record;
+#[path = "daemon/rows.rs"]
+mod rows;
 #[path = "daemon/runs.rs"]
 mod runs;
+#[path = "daemon/stages.rs"]
+mod stages;
 
 use std::fs;
 use std::os::unix::net::UnixStream;

@@ -24,20 +24,67 @@ fn answer(daemon: &Daemon, bytes: &[u8]) -> Vec<u8> {
     said
 }
 
-fn descriptors(daemon: &Daemon) -> usize {
+pub fn descriptors(daemon: &Daemon) -> usize {
     let core = daemon.role("core").expect("there is a core");
     fs::read_dir(format!("/proc/{core}/fd")).expect("root may look").count()
 }
 
-/// CB-14. Each is dropped without an answer, and costs nobody else anything.
+/// Pages that the core has in memory.
+fn resident(daemon: &Daemon) -> usize {
+    let core = daemon.role("core").expect("there is a core");
+    let statm = fs::read_to_string(format!("/proc/{core}/statm")).expect("root may look");
+    statm.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("a number")
+}
+
+/// A message that is none, or almost one: a call with one to three bytes of it changed, or noise.
+fn frame(seed: &mut u64) -> Vec<u8> {
+    let mut next = || {
+        *seed ^= *seed << 13;
+        *seed ^= *seed >> 7;
+        *seed ^= *seed << 17;
+        *seed
+    };
+    let calls = [
+        "{\"method\":\"io.broker.Control.List\",\"parameters\":{},\"more\":true}\0",
+        "{\"method\":\"io.broker.Control.Kill\",\"parameters\":{\"sandbox\":\"1-1\"}}\0",
+        "{\"method\":\"io.broker.Control.Execute\",\"parameters\":{\"handle\":0,\"effect\":\"e\",\"command\":[\"a\"],\
+         \"environment\":[],\"path\":\"/bin\",\"streams\":[null,null,null]}}\0",
+        "{\"method\":\"org.varlink.service.GetInfo\",\"oneway\":true}\0",
+    ];
+    match calls.get(next() as usize % 6) {
+        None => (0..next() % 300).map(|_| next() as u8).collect(),
+        Some(call) => {
+            let mut bytes = call.as_bytes().to_vec();
+            for _ in 0..=next() % 3 {
+                let at = next() as usize % bytes.len();
+                bytes[at] = next() as u8;
+            }
+            bytes
+        }
+    }
+}
+
+fn rain(daemon: &Daemon, frames: usize) {
+    std::thread::scope(|scope| {
+        for thread in 1..=4_u64 {
+            scope.spawn(move || {
+                let mut seed = 0x2545_f491_4f6c_dd1d_u64.wrapping_mul(thread);
+                for _ in 0..frames / 4 {
+                    answer(daemon, &frame(&mut seed));
+                }
+            });
+        }
+    });
+}
+
+/// CB-14. Each is dropped without an answer, and costs nobody else anything; nor do a hundred thousand.
 #[test]
-fn what_is_no_message_ends_its_connection_alone() {
+fn cb_14_what_is_no_message_ends_its_connection_alone() {
     let daemon = Daemon::start();
     let before = (daemon.role("core"), descriptors(&daemon));
     let deep =
         [b"{\"method\":\"io.broker.Control.Run\",\"parameters\":".as_slice(), &b"[".repeat(100_000), b"\0"]
             .concat();
-    let long = b"x".repeat(3 << 20);
     let texts: Vec<Vec<u8>> = vec![
         b"\0".to_vec(),
         b"nonsense\0".to_vec(),
@@ -47,26 +94,29 @@ fn what_is_no_message_ends_its_connection_alone() {
         b"{\"method\":\"io.broker.Control.Kill\",\"parameters\":{\"sandbox\":\"a\",\"extra\":1}}\0".to_vec(),
         b"{\"method\":\"io.broker.Control.Kill\",\"parameters\":{\"sandbox\":\"\xff\"}}\0".to_vec(),
         b"{\"method\":\"io.broker.Control.Kill\",\"parameters\":{\"sandbox\":1e400}}\0".to_vec(),
+        b"{\"method\":\"io.broker.Control.Signal\",\"parameters\":{\"sandbox\":\"a\",\"signal\":NaN}}\0".to_vec(),
+        b"{\"method\":\"io.broker.Control.Signal\",\"parameters\":{\"sandbox\":\"a\",\"signal\":4294967296}}\0".to_vec(),
+        b"{\"method\":\"io.broker.Control\0.List\"}\0".to_vec(),
         b"{\"method\":\"io.broker.Control.List\"".to_vec(),
+        b"\xff\xff\xff\xff{\"method\":\"io.broker.Control.List\"}\0".to_vec(),
         deep,
-        long,
+        b"x".repeat((1 << 20) + 1),
+        b"x".repeat(64 << 20),
     ];
     for bytes in &texts {
         let said = answer(&daemon, bytes);
         assert!(said.is_empty(), "{:?} got {:?}", text(&bytes[..bytes.len().min(60)]), text(&said));
     }
-    let mut seed = 0x2545_f491_4f6c_dd1d_u64;
-    for _ in 0..300 {
-        let random: Vec<u8> = (0..200)
-            .map(|_| {
-                seed ^= seed << 13;
-                seed ^= seed >> 7;
-                seed ^= seed << 17;
-                seed as u8
-            })
-            .collect();
-        answer(&daemon, &random);
-    }
+    let breaches = || daemon.records().iter().filter(|record| record["event"]["kind"] == "breach").count();
+    assert!(
+        within(Duration::from_secs(10), || breaches() >= texts.len()),
+        "{} breaches recorded",
+        breaches()
+    );
+    // What the first ones cost is what all cost: buffers that were never needed before.
+    rain(&daemon, 40_000);
+    let resident_before = resident(&daemon);
+    rain(&daemon, 100_000);
     // The control: a message is answered, also when it comes byte by byte.
     let mut stream = connect(&daemon);
     for byte in b"{\"method\":\"org.varlink.service.GetInfo\"}\0" {
@@ -81,8 +131,11 @@ fn what_is_no_message_ends_its_connection_alone() {
             && descriptors(&daemon) <= before.1),
         "the core is another, or holds what is not its own"
     );
-    let breaches = daemon.records().iter().filter(|record| record["event"]["kind"] == "breach").count();
-    assert!(breaches >= texts.len(), "{breaches} breaches recorded");
+    let grown = resident(&daemon).saturating_sub(resident_before);
+    // Give and take of the allocator, measured at up to 2,200 and without a trend over 400,000 frames.
+    assert!(grown < 4_096, "{grown} pages more");
+    assert!(daemon.audit("verify").status.success());
+    assert!(daemon.exec(ADA, &[], &["true"]).status.success(), "others are served");
 }
 
 fn send(stream: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> rustix::io::Result<usize> {
@@ -141,86 +194,155 @@ fn descriptors_that_nobody_asked_for_are_closed() {
     assert!(daemon.exec(ADA, &[], &["true"]).status.success(), "others are served");
 }
 
-/// CB-15. Two hundred who never finish their message, and who never read: one uid's share is 64, and others are served.
+/// CB-15. Whoever is slow, deaf, half gone or restless costs only themselves: one uid's share is 64, and others are served.
 #[test]
-fn the_slow_cost_only_themselves() {
+fn cb_15_the_slow_cost_only_themselves() {
     let daemon = Daemon::start();
-    // As Eve, from a process of hers.
+    let before = (descriptors(&daemon), resident(&daemon));
+    for way in ["slow", "deaf", "half", "flood"] {
+        // As Eve, from a process of hers.
+        let slow = nuisance(&daemon.socket(), way);
+        for _ in 0..3 {
+            assert!(daemon.exec(ADA, &[], &["true"]).status.success(), "{way}: {}", daemon.log());
+        }
+        assert!(daemon.list(ADA).is_empty());
+        let (held, grown) = (descriptors(&daemon), resident(&daemon).saturating_sub(before.1));
+        assert!(held < before.0 + 64 + 10, "{way}: {held} descriptors");
+        assert!(grown < 8192, "{way}: {grown} pages more");
+        drop(slow);
+        assert!(within(Duration::from_secs(10), || descriptors(&daemon) <= before.0), "{way}");
+    }
+    // The control: where one is served after the other, the first slow one is in everybody's way.
+    let own = folder_of(EVE);
+    let naive = own.path().join("naive.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&naive).expect("a socket");
+    set_mode(&naive, 0o666);
+    std::thread::spawn(move || {
+        for caller in listener.incoming().flatten() {
+            let mut message = std::io::BufReader::new(&caller);
+            let _ = std::io::BufRead::read_until(&mut message, 0, &mut Vec::new());
+            let _ = (&caller).write_all(b"served");
+        }
+    });
+    let served = || {
+        let mut stream = UnixStream::connect(&naive).expect("it listens");
+        stream.set_read_timeout(Some(Duration::from_millis(500))).expect("a limit");
+        stream.write_all(b"\0").is_ok() && stream.read(&mut [0; 6]).is_ok_and(|length| length == 6)
+    };
+    assert!(served());
+    let _slow = nuisance(&naive, "slow");
+    assert!(!served(), "the control");
+}
+
+/// Ended when it is dropped.
+struct Nuisance(Child);
+
+impl Drop for Nuisance {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn nuisance(socket: &Path, way: &str) -> Nuisance {
     let mut slow = Command::new("python3");
-    slow.args(["-c", SLOW]).arg(daemon.socket()).uid(EVE).gid(EVE).stdout(Stdio::piped());
+    slow.args(["-c", NUISANCE]).arg(socket).arg(way).uid(EVE).gid(EVE).stdout(Stdio::piped());
     let mut slow = slow.spawn().expect("python3 runs");
     let mut line = [0; 6];
     slow.stdout.take().expect("a pipe").read_exact(&mut line).expect("it is ready");
-    for _ in 0..3 {
-        assert!(daemon.exec(ADA, &[], &["true"]).status.success(), "{}", daemon.log());
-    }
-    let held = descriptors(&daemon);
-    assert!(held < 64 + 20, "{held} descriptors");
-    slow.kill().expect("it lives");
-    slow.wait().expect("it is reaped");
-    assert!(within(Duration::from_secs(5), || descriptors(&daemon) < 20));
+    Nuisance(slow)
 }
 
-const SLOW: &str = "
+const NUISANCE: &str = "
 import socket, sys, time
-held = []
-for number in range(200):
+way = sys.argv[2]
+describe = b'{\"method\":\"org.varlink.service.GetInterfaceDescription\",\"parameters\":{\"interface\":\"io.broker.Control\"}}\\0'
+def one():
     s = socket.socket(socket.AF_UNIX)
-    s.connect(sys.argv[1])
-    try: s.send(b'{')
+    s.settimeout(1)
+    try:
+        s.connect(sys.argv[1])
+        s.setblocking(False)
+        if way in ('slow', 'half'): s.send(b'{')
+        if way == 'half': s.shutdown(socket.SHUT_WR)
+        while way == 'deaf': s.send(describe)
     except OSError: pass
-    held.append(s)
+    return s
+held = [one() for number in range(100 if sys.argv[1].endswith('naive.sock') else 200)]
 print('ready', flush=True)
-time.sleep(60)
+while True:
+    if way == 'flood':
+        for number in range(100): one().close()
+        continue
+    time.sleep(1)
+    for s in held:
+        try: s.send(b' ')
+        except OSError: pass
 ";
 
-/// CB-11. What a peer says of itself counts for nothing: the kernel's word at connect(2) does.
+/// CB-11. What a peer says of itself, and what becomes of it later, counts for nothing: the kernel's word at connect(2) does.
 #[test]
-fn credentials_that_a_peer_sends_are_not_looked_at() {
+fn cb_11_credentials_that_a_peer_sends_are_not_looked_at() {
     let daemon = Daemon::start();
-    let spoof = "
-import socket, struct, sys, json
-s = socket.socket(socket.AF_UNIX)
-s.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-s.connect(sys.argv[1])
-call = json.dumps({'method': 'io.broker.Control.Run', 'parameters': {'policy': 'build', 'command': ['true'],
-    'environment': [], 'path': '/bin', 'streams': [None, None, None]}}).encode() + b'\\0'
-try:
-    s.sendmsg([call], [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, struct.pack('iII', 1, 0, 0))])
-    print('sent')
-except PermissionError:
-    print('EPERM')
-    s.sendall(call)
-print(s.recv(1000).decode())
-";
-    let mut command = Command::new("python3");
-    let output =
-        command.args(["-c", spoof]).arg(daemon.socket()).uid(EVE).gid(EVE).output().expect("python3 runs");
-    let said = text(&output.stdout);
-    assert!(
-        said.starts_with("EPERM\n") && said.contains("policy-not-granted"),
-        "{said} {}",
-        text(&output.stderr)
-    );
+    let spoof = |uid: u32, way: &str| {
+        let mut command = Command::new("python3");
+        command.args(["-c", SPOOF]).arg(daemon.socket()).args([way, &EVE.to_string()]).uid(uid).gid(uid);
+        let output = command.output().expect("python3 runs");
+        assert!(output.status.success(), "{way}: {}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    // Eve as root: the kernel refuses what she says of herself, and the daemon what she asks for.
+    let said = spoof(EVE, "say root");
+    assert!(said.contains("EPERM\n") && said.contains("policy-not-granted"), "{said}");
+    // Root as Eve: the kernel lets root say so, and whoever reads it believes it; the daemon does not read it.
+    let said = spoof(0, "say Eve");
+    assert!(said.contains(&format!("naive {EVE}\nsent\n")) && said.contains("\"exited\""), "{said}");
+    // Who was Eve at connect(2) is Eve when she is root, and the other way round.
+    let said = spoof(0, "was Eve");
+    assert!(said.contains("policy-not-granted"), "{said}");
+    let said = spoof(0, "becomes Eve");
+    assert!(said.contains("\"exited\""), "{said}");
+    let recorded: Vec<_> = daemon
+        .records()
+        .iter()
+        .map(|record| (record["event"]["kind"].clone(), record["event"]["uid"].clone()))
+        .filter(|(kind, _)| kind != "end")
+        .collect();
+    let (deny, start) = (Value::from("deny"), Value::from("start"));
+    let by = [(&deny, EVE), (&start, 0), (&deny, EVE), (&start, 0)];
+    assert_eq!(recorded, by.map(|(kind, uid)| (kind.clone(), uid.into())));
 }
 
-/// CB-01. The core can be neither read nor traced by its peers, and the launcher's channel is nobody else's.
+const SPOOF: &str = "
+import json, os, socket, struct, sys
+way, eve = sys.argv[2], int(sys.argv[3])
+def say(s, call, uid):
+    claim = [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, struct.pack('iII', os.getpid() if uid else 1, uid, uid))]
+    try: s.sendmsg([call], claim); return 'sent'
+    except PermissionError: s.sendall(call); return 'EPERM'
+call = json.dumps({'method': 'io.broker.Control.Run', 'parameters': {'policy': 'build', 'command': ['true'],
+    'environment': [], 'path': '/bin', 'streams': [None] * 3}}).encode() + b'\\0'
+s = socket.socket(socket.AF_UNIX)
+for option in (socket.SO_PASSCRED, 76): s.setsockopt(socket.SOL_SOCKET, option, 1)  # 76: SO_PASSPIDFD
+if way == 'was Eve': os.seteuid(eve)
+s.connect(sys.argv[1])
+if way == 'was Eve': os.seteuid(0)
+if way == 'becomes Eve': os.setresuid(eve, eve, eve)
+if way.startswith('say'):
+    naive, end = socket.socketpair(socket.AF_UNIX)
+    naive.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    claimed = eve if way == 'say Eve' else 0
+    say(end, b'x', claimed)
+    print('naive', struct.unpack('iII', naive.recvmsg(1, 100)[1][0][2])[1])
+    print(say(s, call, claimed))
+else: s.sendall(call)
+print(s.recv(4000).decode())
+";
+
+/// What speaks with peers has nothing that they could want.
 #[test]
-fn the_roles_are_closed_to_their_peers() {
+fn the_core_has_no_right_of_its_own() {
     let daemon = Daemon::start();
-    for role in ["core", "launcher"] {
-        let pid = daemon.role(role).expect("it lives");
-        for file in ["environ", "mem", "maps", "fd", "root"] {
-            let path = format!("/proc/{pid}/{file}");
-            let tried = Command::new("ls").arg("-L").arg(&path).uid(ADA).gid(ADA).output().expect("ls runs");
-            let read =
-                Command::new("head").args(["-c1", &path]).uid(ADA).gid(ADA).output().expect("head runs");
-            let denied = !read.status.success() && (file != "fd" || !tried.status.success());
-            assert!(denied, "{role}: {file} can be read: {tried:?} {read:?}");
-        }
-        // The control: root reads it.
-        assert!(fs::read(format!("/proc/{pid}/environ")).is_ok());
-    }
     let core = daemon.role("core").expect("it lives");
     let status = fs::read_to_string(format!("/proc/{core}/status")).expect("its status");
     for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::*;
 
 /// A caller of the interface itself, as any program could write one.
-pub struct Peer(UnixStream);
+pub struct Peer(pub UnixStream);
 
 impl From<OwnedFd> for Peer {
     fn from(descriptor: OwnedFd) -> Peer {

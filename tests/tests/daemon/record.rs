@@ -1,5 +1,9 @@
 //! Who may ask for what, and what the record says of it.
 
+use std::io::{Read, Write};
+
+use serde_json::json;
+
 use super::*;
 
 #[test]
@@ -18,23 +22,106 @@ fn absent_means_nothing() {
     assert_eq!(denials[0]["event"]["uid"], EVE);
 }
 
-/// CB-22. A name with line ends, escapes and quotes is one record, and no terminal sees it raw.
+/// Line ends, escapes, quotes, a text that reads like a record, letters that run the other way.
+const NASTY: &str = "x\n{\"kind\":\"end\"}\r\u{1b}[2J\u{8}\u{7}\u{202e}\"\u{7f}\u{9b}31m";
+
+/// Nothing in `bytes` would begin a line of its own or tell a terminal something.
+fn assert_tame(what: &str, bytes: &[u8], lines: usize) {
+    let text_of = text(bytes);
+    // DEL, the C1 controls (U+009B is CSI) and what turns the direction of a line are a terminal's too.
+    let tells = |letter: &char| {
+        (letter.is_control() && *letter != '\n')
+            || matches!(letter, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    let raw = text_of.chars().find(tells);
+    assert!(raw.is_none(), "{what}: {raw:?} stands raw");
+    assert_eq!(bytes.iter().filter(|byte| **byte == b'\n').count(), lines, "{what}: {}", text(bytes));
+}
+
+/// CB-22. Whatever a caller or a workload puts into a name, it is one record each, and no terminal sees it raw. The control is
+/// the same text as `echo` shows it.
 #[test]
-fn every_run_is_recorded_before_and_after_and_what_it_says_is_escaped() {
+fn cb_22_every_act_is_one_record_and_what_it_says_is_escaped() {
     let daemon = Daemon::start();
-    let nasty = "x\n{\"kind\":\"end\"}\u{1b}[2J\u{202e}";
-    let output = daemon.exec(ADA, &[], &["sh", "-c", "exit 3", nasty]);
-    assert_eq!(output.status.code(), Some(3));
+    let echoed = Command::new("echo").arg(NASTY).output().expect("echo runs").stdout;
+    assert!(
+        echoed.contains(&0x1b) && echoed.iter().filter(|byte| **byte == b'\n').count() == 2,
+        "the control"
+    );
+    // As a word; as the workload's own name (PR_SET_NAME); while it runs, as others list it.
+    let rename = "printf 'a\\nb\\033[2J' > /proc/self/comm; exit 3";
+    assert_eq!(daemon.exec(ADA, &[], &["sh", "-c", rename, NASTY]).status.code(), Some(3));
+    let mut run = daemon
+        .broker(ADA, &["exec"])
+        .args(["--", "sh", "-c", "sleep 60; :", NASTY])
+        .spawn()
+        .expect("it starts");
+    assert!(within(Duration::from_secs(5), || daemon.list(ADA).len() == 1));
+    for words in
+        [&["ps"][..], &["ps", "--json"], &["inspect", daemon.list(ADA)[0]["id"].as_str().expect("a name")]]
+    {
+        let output = daemon.broker(0, words).output().expect("it runs");
+        let lines = if words == ["ps"] { 2 } else { text(&output.stdout).lines().count() };
+        assert_tame("a list", &output.stdout, lines);
+        assert!(text(&output.stdout).contains("\\u001b[2J"), "{}", text(&output.stdout));
+    }
+    run.kill().expect("it lives");
+    run.wait().expect("it is reaped");
+    let ended = || daemon.records().len() == 4;
+    assert!(within(Duration::from_secs(5), ended), "start, end, start, end: {:?}", daemon.records());
+
+    send_strange_names(&daemon);
     let records = daemon.records();
-    let kinds: Vec<_> =
-        records.iter().map(|record| record["event"]["kind"].as_str().unwrap_or_default()).collect();
-    assert_eq!(kinds, ["start", "end"]);
-    assert_eq!(records[0]["event"]["command"][3], nasty);
+    assert_eq!(records[0]["event"]["command"][3], NASTY);
     assert_eq!(records[0]["event"]["uid"], ADA);
-    assert_eq!(records[1]["event"]["outcome"], serde_json::json!({ "kind": "exited", "code": 3 }));
+    assert_eq!(records[1]["event"]["outcome"], json!({ "kind": "exited", "code": 3 }));
     let raw = fs::read(daemon.state().join("audit.jsonl")).expect("the record");
     assert!(!raw.contains(&0x1b), "an escape stands raw in the record");
-    assert_eq!(raw.iter().filter(|byte| **byte == b'\n').count(), 2);
+    assert_eq!(raw.iter().filter(|byte| **byte == b'\n').count(), records.len());
+    assert!(raw.split(|byte| *byte == b'\n').all(|line| line.len() < 64 << 10), "a record has no bound");
+    assert_tame("what is shown", &daemon.audit("show").stdout, records.len());
+    assert!(daemon.audit("verify").status.success());
+}
+
+/// Whatever else the interface takes: one record each, or two where something was begun, three where it was denied then.
+fn send_strange_names(daemon: &Daemon) {
+    let long = "y".repeat(900_000);
+    let run = |key: &str, value: Value| {
+        let mut run = json!({ "policy": "default", "command": ["true"], "environment": [], "path": "/bin", "streams": [null, null, null] });
+        run[key] = value;
+        run
+    };
+    let variable = |name: &str, value: &str| json!([{ "name": name, "value": value }]);
+    let workspace = |name: &str| json!({ "descriptor": 0, "name": name, "mode": "ro" });
+    let cases = [
+        ("Run", run("command", json!(["true", long])), 2),
+        ("Run", run("command", json!(["true", "nul\0"])), 3),
+        ("Run", run("policy", json!(NASTY)), 1),
+        ("Run", run("policy", json!(long)), 1),
+        ("Run", run("environment", variable("NAME", NASTY)), 2),
+        ("Run", run("environment", variable(NASTY, "value")), 1),
+        ("Run", run("path", json!(NASTY)), 2),
+        ("Run", run("workspace", workspace(NASTY)), 1),
+        ("Run", run("workspace", workspace(&long)), 1),
+        ("Run", run(NASTY, json!(1)), 1),
+        ("Kill", json!({ "sandbox": NASTY }), 0),
+        ("Kill", json!({ "sandbox": "z".repeat(1 << 20) }), 1),
+        (NASTY, json!({}), 0),
+    ];
+    for (method, parameters, more) in cases {
+        let (before, what) = (daemon.records().len(), bounded(&format!("{method} {parameters}")));
+        let mut stream = UnixStream::connect(daemon.socket()).expect("it listens");
+        let call = json!({ "method": format!("io.broker.Control.{method}"), "parameters": parameters });
+        let _ = stream.write_all(format!("{call}\0").as_bytes());
+        let mut said = [0; 1];
+        let _ = stream.read(&mut said);
+        let counted = within(Duration::from_secs(5), || daemon.records().len() >= before + more);
+        assert!(counted && daemon.records().len() == before + more, "{what}: {:?}", daemon.records().last());
+    }
+}
+
+fn bounded(text: &str) -> String {
+    text.chars().take(120).collect()
 }
 
 #[test]

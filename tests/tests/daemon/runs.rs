@@ -157,9 +157,17 @@ fn a_terminal_or_a_file_stays_outside() {
 #[test]
 fn a_signal_reaches_the_command() {
     let daemon = Daemon::start();
+    let log = fs::File::create(daemon.folder.path().join("client.log")).expect("a file");
+    // What is copied by a thread of the client's, and what is not.
+    for stderr in [Stdio::null(), log.into()] {
+        signal_one(&daemon, stderr);
+    }
+}
+
+fn signal_one(daemon: &Daemon, stderr: Stdio) {
     let script = "trap 'echo caught; exit 5' TERM; echo ready; while :; do sleep 0.05; done";
     let mut command = daemon.broker(ADA, &["exec"]);
-    command.args(["--", "sh", "-c", script]).stdout(Stdio::piped());
+    command.args(["--", "sh", "-c", script]).stdout(Stdio::piped()).stderr(stderr);
     let mut run = command.spawn().expect("it starts");
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(run.stdout.take().expect("a pipe")));
     assert_eq!(lines.next().expect("a line").expect("text"), "ready");
