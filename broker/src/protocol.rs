@@ -21,14 +21,36 @@ pub struct Run {
     pub environment: Vec<Variable>,
     /// The caller's `$PATH`.
     pub path: String,
-    /// Standard input, output, error: positions of descriptors, or `/dev/null`.
-    pub streams: [Option<usize>; 3],
+    /// Its standard streams.
+    pub streams: Streams,
     /// What is mounted at `/workspace`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workspace: Option<Directory>,
     /// What is tighter than the policy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
+}
+
+/// What becomes the standard streams: positions of descriptors; `/dev/null` where there is none.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Streams {
+    /// Standard input.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<usize>,
+    /// Standard output.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<usize>,
+    /// Standard error.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<usize>,
+}
+
+impl Streams {
+    /// In the order of their numbers.
+    pub fn each(&self) -> [Option<usize>; 3] {
+        [self.input, self.output, self.error]
+    }
 }
 
 /// Parameters of `Provision`.
@@ -76,8 +98,8 @@ pub struct Execute {
     pub environment: Vec<Variable>,
     /// The caller's `$PATH`.
     pub path: String,
-    /// Standard input, output, error: positions of descriptors, or `/dev/null`.
-    pub streams: [Option<usize>; 3],
+    /// Its standard streams.
+    pub streams: Streams,
 }
 
 /// A reply to `Execute`.

@@ -14,7 +14,7 @@ use sandbox::{Stream, Wishes, WorkspaceMode};
 use serde_json::{Value, json};
 
 use crate::client::{Client, ClientError};
-use crate::protocol::{Directory, Execute, Executed, Limits, Mode, Ran, Run, Signal, Variable};
+use crate::protocol::{Directory, Execute, Executed, Limits, Mode, Ran, Run, Signal, Streams, Variable};
 use crate::say::complain;
 
 /// Runs the command of `wishes` under the policy of that name, and returns the report.
@@ -97,24 +97,27 @@ fn blocked() -> io::Result<SigSet> {
 struct Offered {
     descriptors: Vec<OwnedFd>,
     /// Positions among them.
-    streams: [Option<usize>; 3],
+    streams: Streams,
     pumps: Vec<JoinHandle<()>>,
 }
 
 impl Offered {
     fn of(wishes: &Wishes) -> io::Result<Offered> {
-        let mut offered = Offered { descriptors: Vec::new(), streams: [None; 3], pumps: Vec::new() };
+        let mut offered = Offered { descriptors: Vec::new(), streams: Streams::default(), pumps: Vec::new() };
+        let mut positions = [None; 3];
         for (number, stream) in wishes.streams.iter().enumerate() {
             let given = match stream {
                 Stream::Pipe => Some(standard(number)?),
                 Stream::Null | Stream::Closed => None,
                 Stream::Other => Some(pump(number, &mut offered.pumps)?),
             };
-            offered.streams[number] = given.map(|given| {
+            positions[number] = given.map(|given| {
                 offered.descriptors.push(given);
                 offered.descriptors.len() - 1
             });
         }
+        let [input, output, error] = positions;
+        offered.streams = Streams { input, output, error };
         Ok(offered)
     }
 }

@@ -43,35 +43,53 @@ class Peer:
     def execute(self):
         self.effects += 1
         parameters = {"handle": 0, "effect": str(self.effects), "command": ["/bin/true"], "environment": [],
-                      "path": "/bin", "streams": [None, None, None]}
+                      "path": "/bin", "streams": {}}
         reply, _ = self.call("Execute", parameters, [self.handle])
         return 0 if reply["parameters"].get("outcome") == {"kind": "exited", "code": 0} else reply
 
 
-def run():
-    scratch = Path(tempfile.mkdtemp(prefix="broker-bench-"))
-    scratch.chmod(0o755)  # the core is nobody's, and has to come through
-    path, env = f"{scratch}/broker.sock", {"PATH": "/usr/bin:/bin", "HOME": str(scratch)}
-    (scratch / "config.toml").write_text(f'[server]\nsocket = "{path}"\nstate = "{scratch}/state"\n')
-    daemon = subprocess.Popen([broker(), "serve", "--config", scratch / "config.toml"], stderr=subprocess.DEVNULL)
-    try:
-        asked = [broker(), "ps", "--connect", path]
-        while subprocess.run(asked, capture_output=True).returncode:
+class Daemon:
+    """One of our own, with its socket and record in a directory of its own."""
+
+    def __init__(self, more=""):
+        self.scratch = Path(tempfile.mkdtemp(prefix="broker-bench-"))
+        self.scratch.chmod(0o755)  # the core is nobody's, and has to come through
+        self.socket = f"{self.scratch}/broker.sock"
+        config = self.scratch / "config.toml"
+        config.write_text(f'[server]\nsocket = "{self.socket}"\nstate = "{self.scratch}/state"\n{more}')
+        self.process = subprocess.Popen([broker(), "serve", "--config", config], stderr=subprocess.DEVNULL)
+        while subprocess.run([broker(), "ps", "--connect", self.socket], capture_output=True).returncode:
             time.sleep(0.05)
+
+    def exec(self, *command):
+        return [broker(), "exec", "--connect", self.socket, "--", *command]
+
+    def end(self):
+        self.process.terminate()
+        self.process.wait()
+        shutil.rmtree(self.scratch)
+
+
+def run():
+    """Plain, with network namespaces ready, and with sandboxes ready."""
+    daemons = plain, networks, warm = [Daemon(), Daemon("[pool]\nnetworks = 4\n"), Daemon("[pool]\nnetworks = 4\nwarm = { default = 2 }\n")]
+    try:
         rows = [
             ("fork + exec", ["/bin/true"], "NOTHING at all: no sandbox"),
             ("bubblewrap", [find("bwrap"), *BWRAP.split()], "NOTHING: no seccomp, no Landlock, no limits"),
             ("broker exec, embedded", [broker(), "exec", "--embedded", "--", "true"], "as `start`"),
-            ("broker exec, daemon", [broker(), "exec", "--connect", path, "--", "true"], "as `start`, recorded durably"),
+            ("broker exec, daemon", plain.exec("true"), "as `start`, recorded durably"),
+            ("broker exec, network ready", networks.exec("true"), "as `start`, recorded durably"),
+            ("broker exec, sandbox ready", warm.exec("true"), "as `start`, recorded durably"),
         ]
         rows = [{"name": name, "ours": "broker" in name, "version": "", "command": list(map(str, command)), "also_enforces": also}
                 for name, command, also in rows]
-        live = Peer(path).provision()
+        live = Peer(plain.socket).provision()
         rows.append({"name": "execute in a live one", "ours": True, "version": "", "command": ["Execute", "/bin/true"],
                      "also_enforces": "as `start`, recorded durably before and after", "call": live.execute})
+        env = {"PATH": "/usr/bin:/bin", "HOME": str(plain.scratch)}
         return interleave(rows, env, "/")
     finally:
-        daemon.terminate()
-        daemon.wait()
         os.chdir("/")
-        shutil.rmtree(scratch)
+        for daemon in daemons:
+            daemon.end()

@@ -1,5 +1,6 @@
 //! Stands between the core and the init of a sandbox that waits for commands.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,8 @@ pub(super) struct Attendant<'a> {
     wishes: Wishes,
     plan: &'a Plan,
     under_way: Vec<UnderWay>,
+    /// How commands ended, as long as the core may lose it.
+    unrecorded: BTreeMap<u32, Value>,
     /// What is said when the sandbox waits for commands.
     ready: FromSupervisor,
     /// What became of its only command, where it has no other.
@@ -67,7 +70,17 @@ impl<'a> Attendant<'a> {
         plan: &'a Plan,
     ) -> Attendant<'a> {
         let ready = FromSupervisor::Ready { policy: policy.hash() };
-        Attendant { channel, policy, host, wishes, plan, under_way: Vec::new(), ready, only: None }
+        Attendant {
+            channel,
+            policy,
+            host,
+            wishes,
+            plan,
+            under_way: Vec::new(),
+            unrecorded: BTreeMap::new(),
+            ready,
+            only: None,
+        }
     }
 
     /// Until it is told what is to become of the sandbox, or that has ended.
@@ -151,6 +164,13 @@ impl<'a> Attendant<'a> {
                 // It may just have ended.
                 let _ = orders.signal(number, signal);
             }
+            ToSupervisor::Noted { number } => drop(self.unrecorded.remove(&number)),
+            ToSupervisor::Again => {
+                for (number, outcome) in &self.unrecorded {
+                    let said = FromSupervisor::Executed { number: *number, outcome: outcome.clone() };
+                    send(self.channel, &said, &[], SendFlags::empty())?;
+                }
+            }
             ToSupervisor::Renew => {
                 for command in std::mem::take(&mut self.under_way) {
                     let outcome =
@@ -192,7 +212,8 @@ impl<'a> Attendant<'a> {
         self.say_executed(number, json!({ "kind": "setup_failed", "step": "command", "message": message }))
     }
 
-    fn say_executed(&self, number: u32, outcome: Value) -> io::Result<()> {
+    fn say_executed(&mut self, number: u32, outcome: Value) -> io::Result<()> {
+        self.unrecorded.insert(number, outcome.clone());
         send(self.channel, &FromSupervisor::Executed { number, outcome }, &[], SendFlags::empty())
     }
 

@@ -160,6 +160,13 @@ pub enum ToSupervisor {
         /// As in signal(7).
         signal: i32,
     },
+    /// How this command ended is recorded.
+    Noted {
+        /// The core's name for it.
+        number: u32,
+    },
+    /// Another core is there: say again how those ended that were not recorded.
+    Again,
     /// End every process in it, and begin again over the same files.
     Renew,
 }

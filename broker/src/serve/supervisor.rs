@@ -41,7 +41,7 @@ fn run(
     let Run { policy, command, environment, path, streams, workspace, limits } = run;
     let policy = policy_named(&policy)?;
     let mut take = |at: usize| descriptors.get_mut(at).and_then(Option::take);
-    let streams = streams.map(|stream| stream.and_then(&mut take));
+    let streams = streams.each().map(|stream| stream.and_then(&mut take));
     let wish = workspace.as_ref().map(|Directory { name, mode, .. }| WorkspaceWish {
         directory: name.into(),
         mode: if *mode == Mode::Ro { WorkspaceMode::ReadOnly } else { WorkspaceMode::ReadWrite },

@@ -48,7 +48,7 @@ fn frame(seed: &mut u64) -> Vec<u8> {
         "{\"method\":\"io.broker.Control.List\",\"parameters\":{},\"more\":true}\0",
         "{\"method\":\"io.broker.Control.Kill\",\"parameters\":{\"sandbox\":\"1-1\"}}\0",
         "{\"method\":\"io.broker.Control.Execute\",\"parameters\":{\"handle\":0,\"effect\":\"e\",\"command\":[\"a\"],\
-         \"environment\":[],\"path\":\"/bin\",\"streams\":[null,null,null]}}\0",
+         \"environment\":[],\"path\":\"/bin\",\"streams\":{}}}\0",
         "{\"method\":\"org.varlink.service.GetInfo\",\"oneway\":true}\0",
     ];
     match calls.get(next() as usize % 6) {
@@ -164,12 +164,12 @@ fn descriptors_that_nobody_asked_for_are_closed() {
         )
     };
     for (streams, given) in [
-        ("[null,null,null]", vec![null.as_fd()]),
-        ("[0,null,null]", vec![]),
-        ("[0,0,null]", vec![null.as_fd()]),
-        ("[0,null,null]", vec![null.as_fd()]),
-        ("[0,null,null]", vec![host.as_fd()]),
-        ("[7,null,null]", vec![null.as_fd()]),
+        ("{}", vec![null.as_fd()]),
+        ("{\"input\":0}", vec![]),
+        ("{\"input\":0,\"output\":0}", vec![null.as_fd()]),
+        ("{\"input\":0}", vec![null.as_fd()]),
+        ("{\"input\":0}", vec![host.as_fd()]),
+        ("{\"input\":7}", vec![null.as_fd()]),
     ] {
         let mut stream = connect(&daemon);
         let message = run(streams);
@@ -321,7 +321,7 @@ def say(s, call, uid):
     try: s.sendmsg([call], claim); return 'sent'
     except PermissionError: s.sendall(call); return 'EPERM'
 call = json.dumps({'method': 'io.broker.Control.Run', 'parameters': {'policy': 'build', 'command': ['true'],
-    'environment': [], 'path': '/bin', 'streams': [None] * 3}}).encode() + b'\\0'
+    'environment': [], 'path': '/bin', 'streams': {}}}).encode() + b'\\0'
 s = socket.socket(socket.AF_UNIX)
 for option in (socket.SO_PASSCRED, 76): s.setsockopt(socket.SOL_SOCKET, option, 1)  # 76: SO_PASSPIDFD
 if way == 'was Eve': os.seteuid(eve)

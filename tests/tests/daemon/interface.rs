@@ -53,7 +53,7 @@ trait Control {
         command: Vec<String>,
         environment: Vec<Value>,
         path: &str,
-        streams: Vec<Option<u32>>,
+        streams: Value,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<(Result<Executed, ControlError>, Vec<OwnedFd>)>;
 }
@@ -87,7 +87,7 @@ fn an_independent_client_provisions_executes_and_reads_errors() {
                     words,
                     Vec::new(),
                     "/bin",
-                    vec![None, Some(1), None],
+                    serde_json::json!({ "output": 1 }),
                     vec![copy, into.into()],
                 )
                 .await
@@ -101,7 +101,15 @@ fn an_independent_client_provisions_executes_and_reads_errors() {
         let stranger = UnixStream::pair().expect("a pair").0;
         assert!(stranger.as_raw_fd() > 2);
         let (no, _) = client
-            .execute(0, "x", vec!["true".into()], Vec::new(), "/bin", vec![None; 3], vec![stranger.into()])
+            .execute(
+                0,
+                "x",
+                vec!["true".into()],
+                Vec::new(),
+                "/bin",
+                serde_json::json!({}),
+                vec![stranger.into()],
+            )
             .await
             .expect("a reply");
         assert_eq!(no.expect_err("it is no handle"), ControlError::NoSuchHandle { handle: 0 });

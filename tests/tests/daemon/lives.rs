@@ -84,7 +84,7 @@ impl Peer {
         let (out, into) = std::io::pipe().expect("a pipe");
         let parameters = json!({
             "handle": 0, "effect": effect, "command": ["sh", "-c", script], "environment": [],
-            "path": "/usr/bin:/bin", "streams": [null, 1, null],
+            "path": "/usr/bin:/bin", "streams": { "output": 1 },
         });
         self.send("Execute", &parameters, false, &[handle.as_fd(), into.as_fd()]);
         out
@@ -162,7 +162,7 @@ s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])
 import os
 read, write = os.pipe()
 call = {'method': 'io.broker.Control.Execute', 'parameters': {'handle': 0, 'effect': 'two', 'command': ['cat', '/tmp/file'],
-    'environment': [], 'path': '/bin', 'streams': [None, 1, None]}}
+    'environment': [], 'path': '/bin', 'streams': { 'output': 1 }}}
 def ask(first):
     s.sendmsg([json.dumps(call).encode() + b'\\0'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [first, write]))])
     return s.recv(4000).decode()
@@ -281,4 +281,26 @@ fn a_command_that_cannot_be_begun_is_finished() {
     assert_eq!(peer.execute(&handle, "short", "echo here").1, "here\n");
     let ended = daemon.records().iter().filter(|record| record["event"]["kind"] == "executed").count();
     assert_eq!(ended, 2);
+}
+
+/// A core that is killed between an outcome and its record loses neither: whoever asks the next one is told.
+#[test]
+fn an_outcome_outlives_the_core_that_heard_of_it() {
+    let daemon = Daemon::start();
+    let own = folder_of(0);
+    let peer = Peer::new(&daemon);
+    let (_, handle) = peer.provision(Some(own.path()));
+    let _out = peer.ask(&handle, "once", "echo x > begun; until [ -e go ]; do sleep 0.01; done; exit 4");
+    assert!(within(Duration::from_secs(5), || own.path().join("begun").exists()));
+    // Stopped, it hears nothing; the command ends meanwhile.
+    let core = nix::unistd::Pid::from_raw(daemon.role("core").expect("there is a core"));
+    nix::sys::signal::kill(core, nix::sys::signal::Signal::SIGSTOP).expect("it lives");
+    fs::write(own.path().join("go"), "now").expect("it is written");
+    std::thread::sleep(Duration::from_millis(300));
+    daemon.kill_core();
+    let later = Peer::new(&daemon);
+    let known = || later.execute(&handle, "once", "exit 5").0["outcome"]["code"].clone();
+    assert!(within(Duration::from_secs(2), || known() == 4), "{}", known());
+    let ended = || daemon.records().iter().filter(|record| record["event"]["kind"] == "executed").count();
+    assert!(within(Duration::from_secs(2), || ended() == 1), "{}", ended());
 }

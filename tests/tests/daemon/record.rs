@@ -87,7 +87,7 @@ fn cb_22_every_act_is_one_record_and_what_it_says_is_escaped() {
 fn send_strange_names(daemon: &Daemon) {
     let long = "y".repeat(900_000);
     let run = |key: &str, value: Value| {
-        let mut run = json!({ "policy": "default", "command": ["true"], "environment": [], "path": "/bin", "streams": [null, null, null] });
+        let mut run = json!({ "policy": "default", "command": ["true"], "environment": [], "path": "/bin", "streams": {} });
         run[key] = value;
         run
     };

@@ -166,7 +166,7 @@ fn cb_04_the_control_socket_is_not_inside() {
     assert_ne!(hang_up.join().expect("it was called"), 0);
 
     let peer = Peer::new(&daemon);
-    let run = json!({ "policy": "default", "command": ["true"], "environment": [], "path": "/bin", "streams": [0, null, null] });
+    let run = json!({ "policy": "default", "command": ["true"], "environment": [], "path": "/bin", "streams": { "input": 0 } });
     peer.send("Run", &run, false, &[connected().as_fd()]);
     assert_eq!(peer.reply().0["parameters"]["code"], "descriptor", "a connection is no stream");
     let (one, handle) = peer.provision(None);
@@ -203,7 +203,7 @@ fn cb_05_a_frame_is_worth_what_its_channel_is() {
     // The control: under a new name the frame does what it says; a captured one without its descriptors is nothing.
     assert_eq!(again.execute(&handle, "twice", script).0["state"], "finished");
     assert_eq!(count(), 2);
-    let bare = json!({ "handle": 0, "effect": "bare", "command": ["true"], "environment": [], "path": "/bin", "streams": [null, null, null] });
+    let bare = json!({ "handle": 0, "effect": "bare", "command": ["true"], "environment": [], "path": "/bin", "streams": {} });
     again.send("Execute", &bare, false, &[]);
     assert_eq!(again.reply().0["parameters"]["code"], "descriptor");
     // Another daemon's handle, here and there.
@@ -253,7 +253,7 @@ def connector():
     if os.fork(): os._exit(0)
     os.setsid(); os.read(go, 1)
     call = {'method': 'io.broker.Control.Run', 'parameters': {'policy': 'default', 'command': ['true', sys.argv[4]],
-        'environment': [], 'path': '/bin', 'streams': [None] * 3}}
+        'environment': [], 'path': '/bin', 'streams': {}}}
     real.sendall(json.dumps(call).encode() + b'\\0')
     print(real.recv(4000).decode(), flush=True)
 first = child(eve, connector)
@@ -331,7 +331,7 @@ const EXECUTE: &str = "
 import array, json, socket, sys
 s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])
 call = {'method': 'io.broker.Control.Execute', 'parameters': {'handle': 0, 'effect': sys.argv[2], 'command': ['true'],
-    'environment': [], 'path': '/bin', 'streams': [None] * 3}}
+    'environment': [], 'path': '/bin', 'streams': {}}}
 s.sendmsg([json.dumps(call).encode() + b'\\0'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [0]))])
 print(s.recv(4000).decode())
 ";

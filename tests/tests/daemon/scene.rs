@@ -225,7 +225,7 @@ call('Provision', {'policy': 'default'}, [])
 handle = array.array('i', s.recvmsg(4000, 100)[1][0][2])[0]
 if sys.argv[2]:
     words = ['sh', '-c', 'sleep 600; :', sys.argv[2]]
-    call('Execute', {'handle': 0, 'effect': 'e', 'command': words, 'streams': [None] * 3}, [handle])
+    call('Execute', {'handle': 0, 'effect': 'e', 'command': words, 'streams': {}}, [handle])
 print('ready', flush=True)
 time.sleep(600)
 ";

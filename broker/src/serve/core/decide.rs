@@ -14,10 +14,10 @@ const NAME_BYTES_MAX: usize = 4096;
 pub(super) fn decide(run: &Run, rights: &Rights, descriptors: &[Foreign]) -> Result<(), Denial> {
     may_use(&run.policy, rights)?;
     let workspace = run.workspace.iter().map(|workspace| workspace.descriptor);
-    let named: Vec<usize> = run.streams.iter().flatten().copied().chain(workspace).collect();
+    let named: Vec<usize> = run.streams.each().into_iter().flatten().chain(workspace).collect();
     all_named(&named, descriptors)?;
     is_lendable(run.workspace.as_ref(), descriptors)?;
-    all_pipes(&run.streams, descriptors)
+    all_pipes(&run.streams.each(), descriptors)
 }
 
 /// Opened with `O_PATH` (open(2)): only then does nobody who serves its filesystem hear of its end, and hold up who closes it.

@@ -21,6 +21,7 @@ use super::{Core, hear_supervisor, not_started, packets};
 use crate::connection::{Connection, End, Foreign};
 use crate::protocol::{
     Code, Denial, Execute, Executed, INTERFACE, Progress, Provision, Provisioned, Run, Running, Sandbox,
+    Streams,
 };
 use crate::serve::audit::{self, bounded};
 use crate::serve::inner::{FromSupervisor, Kind, Start, ToLauncher, ToSupervisor, channel, send};
@@ -119,12 +120,12 @@ impl Live {
         }
     }
 
-    /// Notes how a command ended; the effect's name.
+    /// Notes how a command ended; the effect's name, where that was not known.
     fn ended(&self, number: u32, outcome: &Value) -> Option<String> {
         let effects = self.effects();
         let name = effects.names.get(&number)?;
-        effects.by_name.get(name)?.outcome.send_replace(Some(outcome.clone()));
-        Some(name.clone())
+        let before = effects.by_name.get(name)?.outcome.send_replace(Some(outcome.clone()));
+        before.is_none().then(|| name.clone())
     }
 
     pub(super) async fn tell(
@@ -161,7 +162,7 @@ impl Core {
         let named: Vec<usize> = workspace.iter().map(|workspace| workspace.descriptor).collect();
         // A sandbox that waits has no command; what stands here is never run.
         let command = vec!["(none)".to_owned()];
-        let run = Run { policy, command, environment, path, streams: [None; 3], workspace, limits };
+        let run = Run { policy, command, environment, path, streams: Streams::default(), workspace, limits };
         let (ours, theirs) = channel().map_err(|_| End::Failed)?;
         let allowed = may_use(&run.policy, &asker.rights)
             .and_then(|()| all_named(&named, &descriptors))
@@ -248,7 +249,9 @@ impl Core {
             effects.follow(event);
             holder.follow(event);
         });
-        self.keep(name, Arc::new(Live::new(id, channel, handle, effects, holder)));
+        let live = Arc::new(Live::new(id, channel, handle, effects, holder));
+        self.keep(name, Arc::clone(&live));
+        tokio::spawn(async move { live.tell(&ToSupervisor::Again, &[]).await });
     }
 
     /// Notes how commands end, and ends the sandbox with the last copy of its handle.
@@ -268,9 +271,7 @@ impl Core {
                     }
                 };
                 match said {
-                    FromSupervisor::Executed { number, outcome } => {
-                        core.note_end(&live, number, outcome).await
-                    }
+                    FromSupervisor::Executed { number, outcome } => core.note_end(&live, number, outcome),
                     FromSupervisor::Renewed => live.renewals.one_more(),
                     FromSupervisor::Ready { .. } => {}
                     ended => break ended,
@@ -283,15 +284,26 @@ impl Core {
         });
     }
 
-    async fn note_end(&self, live: &Live, number: u32, outcome: Value) {
-        let effect = live.ended(number, &outcome);
-        let event = json!({ "kind": "executed", "sandbox": live.id, "effect": effect, "outcome": outcome });
-        self.audit.record(event).await;
+    /// Who waits hears of it at once: until it is recorded the supervisor keeps it, for a core that comes after this one.
+    fn note_end(self: &Arc<Self>, live: &Arc<Live>, number: u32, outcome: Value) {
+        let event = live.ended(number, &outcome).map(
+            |effect| json!({ "kind": "executed", "sandbox": live.id, "effect": effect, "outcome": outcome }),
+        );
+        let (core, live) = (Arc::clone(self), Arc::clone(live));
+        tokio::spawn(async move {
+            let known = match event {
+                Some(event) => core.audit.record(event).await,
+                None => true,
+            };
+            if known {
+                let _ = live.tell(&ToSupervisor::Noted { number }, &[]).await;
+            }
+        });
     }
 
     /// Runs a command in the sandbox whose handle was presented.
     pub(super) async fn execute(
-        &self,
+        self: &Arc<Self>,
         connection: &mut Connection,
         asker: &Asker,
         wish: Execute,
@@ -299,6 +311,7 @@ impl Core {
         more: bool,
     ) -> Result<(), End> {
         let Execute { handle, sandbox, effect, command, environment, path, streams } = wish;
+        let streams = streams.each();
         let named: Vec<usize> = streams.iter().flatten().copied().chain(handle).collect();
         let allowed = all_named(&named, &descriptors)
             .and_then(|()| all_pipes(&streams, &descriptors))
@@ -365,7 +378,7 @@ impl Core {
         if let Err(error) = told {
             // Its words are too long together, or the supervisor is gone: it was not begun, and that is how it ended.
             let outcome = json!({ "kind": "setup_failed", "step": "command", "message": error.to_string() });
-            self.note_end(&live, number, outcome).await;
+            self.note_end(&live, number, outcome);
         }
         self.wait(connection, &live, heard, more).await
     }

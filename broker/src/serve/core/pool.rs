@@ -13,7 +13,7 @@ use tokio::net::UnixStream;
 
 use super::{Core, Table, hear_supervisor, packets};
 use crate::library::Policies;
-use crate::protocol::{Limits, Run, Sandbox};
+use crate::protocol::{Limits, Run, Sandbox, Streams};
 use crate::say::complain;
 use crate::serve::config::Peer;
 use crate::serve::inner::{FromSupervisor, Kind, Start, ToLauncher, ToSupervisor, send};
@@ -85,7 +85,7 @@ impl Core {
             command: vec!["(none)".to_owned()],
             environment: Vec::new(),
             path: String::new(),
-            streams: [None; 3],
+            streams: Streams::default(),
             workspace: None,
             limits: None,
         };

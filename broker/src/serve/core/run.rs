@@ -94,6 +94,7 @@ impl Core {
         descriptors: &[Foreign],
     ) -> io::Result<UnixStream> {
         let Run { command, environment, path, streams, .. } = run;
+        let streams = streams.each();
         let given: Vec<_> = streams.iter().flatten().map(|number| descriptors[*number].as_fd()).collect();
         let streams = streams.map(|stream| stream.is_some());
         let first = ToSupervisor::Run { command, environment, path, streams };
