@@ -40,6 +40,9 @@ pub enum Command {
     Role {
         /// Which
         role: Role,
+        /// Which of them, of gateways
+        #[arg(default_value_t = 0)]
+        number: u32,
     },
     /// List the daemon's sandboxes that live
     Ps {
@@ -94,6 +97,12 @@ pub enum Command {
 pub enum Role {
     /// Speaks with peers and decides.
     Core,
+    /// Holds secrets.
+    Vault,
+    /// Turns names into addresses.
+    Resolver,
+    /// Speaks with a workload.
+    Gateway,
 }
 
 /// Where the daemon listens.

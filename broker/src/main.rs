@@ -24,7 +24,12 @@ fn main() -> ExitCode {
         cli::Command::Exec(arguments) => exec::run(*arguments),
         cli::Command::Policy(command) => policy::run(command),
         cli::Command::Serve { config } => serve::serve(config.as_deref()),
-        cli::Command::Role { role: cli::Role::Core } => serve::role_core(),
+        cli::Command::Role { role: cli::Role::Core, .. } => serve::role_core(),
+        cli::Command::Role { role: cli::Role::Vault, number } => serve::role(serve::Role::Vault, number),
+        cli::Command::Role { role: cli::Role::Resolver, number } => {
+            serve::role(serve::Role::Resolver, number)
+        }
+        cli::Command::Role { role: cli::Role::Gateway, number } => serve::role(serve::Role::Gateway, number),
         cli::Command::Ps { connect, json } => operate::list(&connect.socket(), json),
         cli::Command::Inspect { sandbox, connect } => operate::inspect(&connect.socket(), &sandbox),
         cli::Command::Kill { sandbox, connect } => operate::kill(&connect.socket(), &sandbox),

@@ -248,6 +248,26 @@ impl Described {
     }
 }
 
+/// An empty root that nobody can write, in a mount namespace that is new: nothing of the host's files is left.
+pub(crate) fn stand_on_nothing() -> io::Result<()> {
+    files::enter_root()?;
+    files::read_only_here(openat(rustix::fs::CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// Another user and group, in no other group, with no capability left and no way to one.
+pub(crate) fn become_nobody(uid: u32) -> io::Result<()> {
+    use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+    let (kuid, kgid) = (Uid::from_raw(uid), Gid::from_raw(uid));
+    setgroups(&[])?;
+    setresgid(kgid, kgid, kgid)?;
+    sys::join_new_session_keyring()?;
+    sys::drop_bounding_set()?;
+    // With these locked the kernel no longer takes capabilities away with the uid, so they are cleared after it.
+    sys::set_securebits(SECUREBITS)?;
+    setresuid(kuid, kuid, kuid)?;
+    clear_capabilities()
+}
+
 fn write_map(path: &str, text: &str) -> io::Result<()> {
     let file = openat(rustix::fs::CWD, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
     Ok(rustix::io::write(file, text.as_bytes()).map(drop)?)
@@ -255,9 +275,13 @@ fn write_map(path: &str, text: &str) -> io::Result<()> {
 
 /// All five sets empty, and securebits locked so that they stay so.
 fn drop_capabilities() -> io::Result<()> {
-    use caps::CapSet;
     sys::drop_bounding_set()?;
     sys::set_securebits(SECUREBITS)?;
+    clear_capabilities()
+}
+
+fn clear_capabilities() -> io::Result<()> {
+    use caps::CapSet;
     for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
         caps::clear(None, set).map_err(|_| io::Error::from_raw_os_error(libc::EPERM))?;
     }
@@ -274,7 +298,7 @@ impl Unprivileged {
     }
 }
 
-fn landlock_restrict(plan: &LandlockPlan) -> io::Result<()> {
+pub(crate) fn landlock_restrict(plan: &LandlockPlan) -> io::Result<()> {
     use landlock::{
         ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr,
         RulesetCreatedAttr, RulesetStatus, Scope,

@@ -19,6 +19,7 @@ mod plan;
 mod policy;
 mod relay;
 mod report;
+mod role;
 mod seccomp;
 mod slot;
 mod streams;
@@ -42,6 +43,7 @@ pub use policy::{
     Policy, PolicyError, PolicyFile, PolicyName, Presets, Span, WordError, schema as policy_schema,
 };
 pub use report::{Denials, EndedBy, Enforcement, Outcome, Report, Usage};
+pub use role::{Reachable, confine_role};
 pub use slot::SlotError;
 pub use streams::classify as classify_streams;
 pub use supervise::{Heard, PASSED_ON};

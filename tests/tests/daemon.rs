@@ -14,6 +14,8 @@ mod lives;
 mod pool;
 #[path = "daemon/record.rs"]
 mod record;
+#[path = "daemon/roles.rs"]
+mod roles;
 #[path = "daemon/rows.rs"]
 mod rows;
 #[path = "daemon/runs.rs"]

@@ -27,6 +27,7 @@ use super::audit::{Audit, bounded, now_ms};
 use super::config::{Accounts, Config};
 use super::inner::{FromSupervisor, Kind, Start, ToCore, ToLauncher, channel, receive, send};
 use super::metrics::Metrics;
+use super::roles::{Answer, Ask, Role};
 use crate::connection::{Connection, End, Foreign};
 use crate::protocol::{Code, Denial, INTERFACE, Run, Sandbox};
 use crate::wire::{self, Breach, Call};
@@ -56,6 +57,8 @@ struct Table {
     /// Those that are nobody's yet, and the policies of which some are being made.
     pool: BTreeMap<PolicyName, Vec<Warm>>,
     making: BTreeSet<PolicyName>,
+    /// How many of each role answer.
+    roles: BTreeMap<Role, usize>,
     connections: BTreeMap<u32, usize>,
     denials: BTreeMap<u32, Denials>,
     started: u64,
@@ -116,6 +119,12 @@ async fn hear(core: Arc<Core>) -> io::Result<()> {
                         let ended = hear_supervisor(&channel).await;
                         core.finish(&id, &ended).await;
                     })),
+                }
+            }
+            Some((ToCore::Role(role), descriptors)) => {
+                if let Some(channel) = descriptors.into_iter().next() {
+                    let (core, channel) = (Arc::clone(&core), packets(channel)?);
+                    tokio::spawn(async move { core.attend_role(role, &channel).await });
                 }
             }
             Some((ToCore::Ping, _)) => core.tell(&ToLauncher::Serving, &[]).await?,
@@ -199,6 +208,22 @@ impl Core {
         };
         let parameters = json!({ "message": message, "report": report });
         connection.error(format!("{INTERFACE}.NotStarted"), parameters).await
+    }
+
+    /// Knows of a role for as long as it is there.
+    async fn attend_role(&self, role: Role, channel: &UnixStream) {
+        let ask = || send(channel, &Ask::Ping, &[], SendFlags::DONTWAIT);
+        let hear = || receive::<Answer>(channel, RecvFlags::DONTWAIT);
+        if channel.async_io(Interest::WRITABLE, ask).await.is_err() {
+            return;
+        }
+        while let Ok(Some((Answer::Here, _))) = channel.async_io(Interest::READABLE, hear).await {
+            *self.table().roles.entry(role).or_default() += 1;
+        }
+        // Another one may have answered before the end of this one was heard.
+        if let Some(there) = self.table().roles.get_mut(&role) {
+            *there = there.saturating_sub(1);
+        }
     }
 
     /// What `run` is called, and how it is listed.

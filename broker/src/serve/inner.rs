@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::config::{Config, Peer};
+use super::roles::Role;
 use crate::protocol::{Denial, Run, Sandbox, Variable};
 
 /// The longest packet; what a peer may send is cut to fit long before.
@@ -31,6 +32,8 @@ pub enum ToCore {
     Setup(Config),
     /// Are you there?
     Ping,
+    /// A role that waits for work. The descriptor is the line to it.
+    Role(Role),
     /// A sandbox that lives already, with the core's end of its channel and, where it has a handle, of that.
     Living {
         /// As it is listed.

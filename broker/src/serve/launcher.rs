@@ -17,6 +17,7 @@ use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
 use super::config::Config;
 use super::inner::{Kind, Start, ToCore, ToLauncher, channel, receive, send, until};
+use super::roles::Roles;
 use super::supervisor;
 use crate::protocol::Sandbox;
 use crate::say::complain;
@@ -52,6 +53,7 @@ pub struct Launcher {
     living: BTreeMap<String, Living>,
     /// Network namespaces that nobody has been in.
     networks: Vec<OwnedFd>,
+    roles: Roles,
 }
 
 /// The core, as the launcher has it.
@@ -77,7 +79,15 @@ impl Launcher {
         let signals = SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         nix::unistd::setgroups(&[])?;
         let watchdog = sd_notify::watchdog_enabled().map(|limit| (limit / 3, Instant::now()));
-        Ok(Launcher { config, listeners, signals, watchdog, living: BTreeMap::new(), networks: Vec::new() })
+        Ok(Launcher {
+            config,
+            listeners,
+            signals,
+            watchdog,
+            living: BTreeMap::new(),
+            networks: Vec::new(),
+            roles: Roles::new(),
+        })
     }
 
     /// Runs until it is told to stop, and leaves nothing behind.
@@ -143,6 +153,7 @@ impl Launcher {
             let (sandbox, kind) = (living.sandbox.clone(), living.kind.clone());
             send(&ours, &ToCore::Living { sandbox, kind }, &channels, SendFlags::empty())?;
         }
+        self.roles.introduce(&ours)?;
         Ok(Core { process, channel: ours })
     }
 
@@ -163,11 +174,13 @@ impl Launcher {
         let mut waits =
             vec![PollFd::new(&core.channel, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
         waits.extend(alive.iter().map(|(_, supervisor)| PollFd::new(*supervisor, PollFlags::IN)));
+        // That one has ended is heard with SIGCHLD too; its channel is only watched so that no end is slept through.
+        waits.extend(self.roles.channels().map(|channel| PollFd::new(channel, PollFlags::empty())));
         let next_ping = self.watchdog.map(|(interval, last)| last + interval);
         // What can be made ahead is made when nobody has asked for anything for a moment.
         let lacks = self.networks.len() < self.config.pool.networks.into();
         let idle = lacks.then(|| Instant::now() + IDLE);
-        let next = idle.into_iter().chain(next_ping).min().map(until);
+        let next = idle.into_iter().chain(next_ping).chain(self.roles.due()).min().map(until);
         match poll(&mut waits, next.as_ref()) {
             Ok(0) if lacks => {
                 drop(waits);
@@ -202,6 +215,8 @@ impl Launcher {
         if self.stop_was_asked_for() {
             return Ok(Turn::Stop);
         }
+        self.roles.reap();
+        self.roles.restart(&core.channel);
         if let Some((interval, last)) = &mut self.watchdog
             && last.elapsed() >= *interval
         {
@@ -286,6 +301,7 @@ impl Launcher {
 
     /// Nothing of a sandbox is left when the service has ended.
     fn end_all(&mut self) -> io::Result<()> {
+        self.roles.end();
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         for living in self.living.values() {
             if let Some(supervisor) = &living.supervisor {

@@ -72,6 +72,8 @@ pub struct Gauges {
     pub sandboxes: usize,
     /// Descriptors of the core.
     pub descriptors: usize,
+    /// Processes of each role that answer.
+    pub roles: BTreeMap<&'static str, usize>,
     /// Sandboxes made in advance, by policy.
     pub pool: BTreeMap<String, usize>,
 }
@@ -150,6 +152,10 @@ impl Metrics {
         ] {
             family(&mut text, name, "gauge", help);
             let _ = writeln!(text, "{name} {value}");
+        }
+        family(&mut text, "broker_role_up", "gauge", "Whether a role answers.");
+        for (role, count) in &gauges.roles {
+            let _ = writeln!(text, "broker_role_up{{role=\"{role}\"}} {count}");
         }
         family(&mut text, "broker_pool", "gauge", "Sandboxes made in advance.");
         for (policy, count) in &gauges.pool {

@@ -7,6 +7,7 @@ mod core;
 mod inner;
 mod launcher;
 mod metrics;
+mod roles;
 mod supervisor;
 
 use std::fs::DirBuilder;
@@ -22,6 +23,7 @@ use nix::unistd::{Gid, Uid, chown, setgroups, setresgid, setresuid};
 use crate::say::complain;
 
 pub use config::{Config, PATH, SOCKET, STATE};
+pub use roles::{Role, live as role};
 
 /// The core's uid and gid: above the slots and their relays, so nobody else's either.
 const CORE_ID: u32 = 0x7200_0000;

@@ -211,7 +211,7 @@ fn proc(path: &Path) -> io::Result<()> {
 }
 
 /// This mount, not those on top of it.
-fn read_only_here(mount: impl AsFd) -> io::Result<()> {
+pub(super) fn read_only_here(mount: impl AsFd) -> io::Result<()> {
     let attributes = MountAttributes { set: libc::MOUNT_ATTR_RDONLY, ..MountAttributes::default() };
     mount_setattr(mount, attributes, Reach::One)
 }

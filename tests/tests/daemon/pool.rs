@@ -166,9 +166,10 @@ fn a_sandbox_that_lives_may_have_been_warm() {
     assert_eq!(ids, [json!(id)]);
     drop(handle);
     assert!(within(Duration::from_secs(2), || daemon.list(0).is_empty()));
-    let live = children(daemon.process.id()).len();
+    let live = || children(daemon.process.id()).len();
     assert!(
-        within(Duration::from_secs(2), || children(daemon.process.id()).len() == 3),
-        "core and two: {live}"
+        within(Duration::from_secs(2), || live() == 5),
+        "core, two roles and two of the pool: {}",
+        live()
     );
 }

@@ -81,20 +81,21 @@ fn cb_01_nobody_looks_into_the_daemon_s_processes() {
     let daemon = Daemon::start_after(&format!("export SECRET={secret}"));
     let mut run = sleeping(&daemon, ADA, &token);
     let (launcher, core) = (daemon.process.id().cast_signed(), daemon.role("core").expect("there is a core"));
-    let is_other = |pid: &i32| *pid != core;
-    let supervisor = children(daemon.process.id()).into_iter().find(is_other).expect("a supervisor");
+    let roles = ["vault", "resolver"].map(|role| daemon.role(role).expect("it lives"));
+    let has_init = |pid: &i32| !children(pid.cast_unsigned()).is_empty();
+    let supervisor = children(daemon.process.id()).into_iter().find(has_init).expect("a supervisor");
     let init = children(supervisor.cast_unsigned())[0];
     let numbers = [libc::SYS_ptrace, libc::SYS_pidfd_open, libc::SYS_pidfd_getfd, libc::SYS_process_vm_readv];
     let words = |pids: &[i32]| {
         let numbers = numbers.iter().map(ToString::to_string);
         numbers.chain(pids.iter().map(ToString::to_string)).collect::<Vec<_>>()
     };
-    let victims = words(&[launcher, core, supervisor, init]);
+    let victims = words(&[launcher, core, supervisor, init, roles[0], roles[1]]);
     for lines in [
         said(&mut python(ADA, TRESPASS, &victims)),
         said(&mut python_inside(&daemon, &[], TRESPASS, &victims)),
     ] {
-        assert_eq!(lines.len(), 4 * 8);
+        assert_eq!(lines.len(), 6 * 8);
         assert_all("denied", &lines);
         assert!(!lines.concat().contains(&secret));
     }

@@ -111,6 +111,7 @@ impl Core {
                 connections: table.connections.values().sum(),
                 sandboxes: table.sandboxes.len(),
                 descriptors: std::fs::read_dir("/proc/self/fd").map(Iterator::count).unwrap_or_default(),
+                roles: table.roles.iter().map(|(role, there)| (role.name(), *there)).collect(),
                 pool: table
                     .pool
                     .iter()

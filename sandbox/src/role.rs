@@ -1,0 +1,91 @@
+//! Confines the process itself, for good: a part of a daemon that waits on its channel, holds what others must not see, and has
+//! no use for the rest of the system.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{Resource, setrlimit};
+use rustix::fd::BorrowedFd;
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch};
+
+use crate::confine;
+use crate::plan::{LANDLOCK_ABI_TESTED, LandlockPlan};
+use crate::sys;
+
+/// What a role reaches of networks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reachable {
+    /// A namespace of its own, with nothing in it.
+    Nothing,
+    /// The host's.
+    Host,
+}
+
+/// The most descriptors of a role.
+const OPEN_FILES: u64 = 1024;
+
+/// What a role may call: wait, read, write, receive descriptors, keep memory, end. It neither forks, executes, opens nor
+/// connects.
+const CALLS: [libc::c_long; 25] = [
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_recvfrom,
+    libc::SYS_ppoll,
+    libc::SYS_close,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_getrandom,
+    libc::SYS_futex,
+    libc::SYS_brk,
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigaction,
+    libc::SYS_sigaltstack,
+    libc::SYS_gettid,
+    libc::SYS_restart_syscall,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// Gives up everything but the standard descriptors: no file, no other process, no capability, and from the filter on no call
+/// but the few that waiting takes; any other ends the process. `uid` is the role's own, and its group's number too. The
+/// caller is root and has one thread.
+///
+/// # Errors
+/// As the call that failed. The process is then of no use, and has to end.
+pub fn confine_role(uid: u32, network: Reachable) -> io::Result<()> {
+    let filter = filter()?;
+    let abi = sys::landlock_abi().min(LANDLOCK_ABI_TESTED);
+    let standard = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
+    sys::close_all_but(&standard.map(|stream: BorrowedFd<'static>| stream))?;
+    let own = if network == Reachable::Nothing { CloneFlags::CLONE_NEWNET } else { CloneFlags::empty() };
+    unshare(own | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)?;
+    confine::stand_on_nothing()?;
+    for (limit, value) in [(Resource::RLIMIT_CORE, 1), (Resource::RLIMIT_NOFILE, OPEN_FILES)] {
+        setrlimit(limit, value, value)?;
+    }
+    confine::become_nobody(uid)?;
+    // A part of a daemon that is gone is nobody's; a change of ids clears it, so it is set after that.
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+    nix::sys::prctl::set_dumpable(false)?;
+    nix::sys::prctl::set_no_new_privs()?;
+    confine::landlock_restrict(&LandlockPlan { abi, rules: Vec::new() })?;
+    seccompiler::apply_filter(&filter).map_err(io::Error::other)
+}
+
+fn filter() -> io::Result<BpfProgram> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = CALLS.map(|call| (call, Vec::new())).into();
+    #[cfg(target_arch = "x86_64")]
+    rules.insert(libc::SYS_poll, Vec::new());
+    let arch = if cfg!(target_arch = "aarch64") { TargetArch::aarch64 } else { TargetArch::x86_64 };
+    let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, arch);
+    filter.and_then(TryInto::try_into).map_err(io::Error::other)
+}
