@@ -68,6 +68,39 @@ pub enum Command {
         #[command(flatten)]
         connect: Connect,
     },
+    /// Show what a sandbox changed in a workspace of mode `cow`; without a name, of which sandboxes changes are held
+    Diff {
+        /// The sandbox's name
+        #[arg(value_name = "ID")]
+        sandbox: Option<String>,
+        /// Where the workspace is, if it was moved
+        #[arg(long, value_name = "DIR")]
+        workspace: Option<PathBuf>,
+        #[command(flatten)]
+        connect: Connect,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make the changes that are held in the workspace itself
+    Commit {
+        /// The sandbox's name
+        #[arg(value_name = "ID")]
+        sandbox: String,
+        /// Where the workspace is, if it was moved
+        #[arg(long, value_name = "DIR")]
+        workspace: Option<PathBuf>,
+        #[command(flatten)]
+        connect: Connect,
+    },
+    /// Throw the changes away that are held
+    Discard {
+        /// The sandbox's name
+        #[arg(value_name = "ID")]
+        sandbox: String,
+        #[command(flatten)]
+        connect: Connect,
+    },
     /// Show or verify the daemon's record
     #[command(subcommand)]
     Audit(AuditCommand),
@@ -153,8 +186,8 @@ pub struct ExecArguments {
     /// A policy's name, or a file (with a `/`, or ending in `.toml`)
     #[arg(long, value_name = "NAME|FILE", default_value = "default")]
     pub policy: String,
-    /// Mount a directory at /workspace and work there; `rw` where no mode is given
-    #[arg(long, value_name = "DIR[:ro|:rw]", value_parser = parse_workspace)]
+    /// Mount a directory at /workspace and work there; `rw` where no mode is given, `cow` keeps changes apart
+    #[arg(long, value_name = "DIR[:ro|:rw|:cow]", value_parser = parse_workspace)]
     pub workspace: Option<WorkspaceArgument>,
     /// Set a variable, or pass the caller's on; nothing else is inherited (repeatable)
     #[arg(long, value_name = "NAME[=VALUE]", value_parser = parse_env)]
@@ -230,7 +263,7 @@ pub enum PolicyCommand {
         #[arg(long, value_name = "NAME|FILE", default_value = "default")]
         policy: String,
         /// The directory that would be mounted at /workspace
-        #[arg(long, value_name = "DIR[:ro|:rw]", value_parser = parse_workspace)]
+        #[arg(long, value_name = "DIR[:ro|:rw|:cow]", value_parser = parse_workspace)]
         workspace: Option<WorkspaceArgument>,
         /// The plan itself, as JSON
         #[arg(long)]
@@ -311,7 +344,7 @@ fn parse_workspace(text: &str) -> Result<WorkspaceArgument, String> {
     let (directory, mode) = match text.rsplit_once(':') {
         Some((directory, "ro")) => (directory, WorkspaceMode::ReadOnly),
         Some((directory, "rw")) => (directory, WorkspaceMode::ReadWrite),
-        Some((_, "cow")) => return Err("mode `cow` needs the daemon; use `ro` or `rw`".to_owned()),
+        Some((directory, "cow")) => (directory, WorkspaceMode::CopyOnWrite),
         _ => (text, WorkspaceMode::ReadWrite),
     };
     if directory.is_empty() {

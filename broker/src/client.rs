@@ -2,16 +2,17 @@
 
 use std::io::{self, BufRead, BufReader, IoSlice};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::protocol::INTERFACE;
+use crate::rights;
 use crate::wire::{DESCRIPTORS_MAX, Reply};
 
 /// A connection to the daemon.
@@ -77,6 +78,26 @@ impl Client {
         Ok(self.reply()?.0)
     }
 
+    /// One call, one reply that hands one descriptor over.
+    pub fn call_for_descriptor<T: DeserializeOwned>(
+        &mut self,
+        method: &str,
+        parameters: &impl Serialize,
+    ) -> Result<(T, OwnedFd), ClientError> {
+        self.send(method, parameters, false, &[])?;
+        let mut begin = [0; 4096];
+        // It rides on the first byte; the rest may come in pieces.
+        let received = rights::receive(self.stream.get_ref(), &mut begin, RecvFlags::empty())?;
+        let mut bytes = begin[..received.bytes].to_vec();
+        if bytes.last().is_some_and(|last| *last != 0) {
+            self.stream.read_until(0, &mut bytes)?;
+        }
+        let (reply, _) = parsed(bytes)?;
+        let descriptor = received.descriptors.into_iter().next();
+        let missing = || io::Error::new(io::ErrorKind::InvalidData, "it handed nothing over");
+        Ok((reply, descriptor.ok_or_else(missing)?))
+    }
+
     /// Sends a call; `more` asks for several replies.
     pub fn send(
         &mut self,
@@ -104,19 +125,22 @@ impl Client {
     pub fn reply<T: DeserializeOwned>(&mut self) -> Result<(T, bool), ClientError> {
         let mut bytes = Vec::new();
         self.stream.read_until(0, &mut bytes)?;
-        if bytes.pop() != Some(0) {
-            return Err(
-                io::Error::new(io::ErrorKind::UnexpectedEof, "it went away before it answered").into()
-            );
+        parsed(bytes)
+    }
+}
+
+/// A whole reply, and whether another follows.
+fn parsed<T: DeserializeOwned>(mut bytes: Vec<u8>) -> Result<(T, bool), ClientError> {
+    if bytes.pop() != Some(0) {
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it went away before it answered").into());
+    }
+    let Reply { parameters, continues, error } =
+        serde_json::from_slice::<Reply<Value>>(&bytes).map_err(io::Error::from)?;
+    match error {
+        Some(name) => {
+            let name = name.rsplit('.').next().unwrap_or_default().to_owned();
+            Err(ClientError::Refused { name, parameters })
         }
-        let Reply { parameters, continues, error } =
-            serde_json::from_slice::<Reply<Value>>(&bytes).map_err(io::Error::from)?;
-        match error {
-            Some(name) => {
-                let name = name.rsplit('.').next().unwrap_or_default().to_owned();
-                Err(ClientError::Refused { name, parameters })
-            }
-            None => Ok((serde_json::from_value(parameters).map_err(io::Error::from)?, continues)),
-        }
+        None => Ok((serde_json::from_value(parameters).map_err(io::Error::from)?, continues)),
     }
 }

@@ -1,7 +1,6 @@
 //! A Varlink connection of the daemon: what [`crate::wire`] says, on a socket.
 
-use std::io::{self, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -9,13 +8,14 @@ use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerPidfd;
 use passfd::FdPassingExt;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
+use rustix::net::RecvFlags;
 use serde::Serialize;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use crate::wire::{Assembler, Breach, DESCRIPTORS_MAX, Reply};
+use crate::rights::{self, Received};
+use crate::wire::{Assembler, Breach, Reply};
 
 /// How long a peer may take to finish a message that it has begun, and to take one of ours.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -172,19 +172,7 @@ impl Drop for Foreign {
     }
 }
 
-/// One recvmsg(2). Each descriptor is owned from the first instant, and is closed on every way out.
 fn read_once(stream: &UnixStream, piece: &mut [u8]) -> io::Result<(usize, Vec<Foreign>)> {
-    let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-    let received = recvmsg(stream, &mut [IoSliceMut::new(piece)], &mut control, flags)?;
-    let descriptors = control.drain().flat_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.map(|own| Foreign(Some(own))).collect(),
-        _ => Vec::new(),
-    });
-    let descriptors: Vec<Foreign> = descriptors.collect();
-    if received.flags.contains(ReturnFlags::CTRUNC) {
-        return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
-    }
-    Ok((received.bytes, descriptors))
+    let Received { bytes, descriptors } = rights::receive(stream, piece, RecvFlags::DONTWAIT)?;
+    Ok((bytes, descriptors.into_iter().map(|own| Foreign(Some(own))).collect()))
 }

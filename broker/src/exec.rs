@@ -31,6 +31,11 @@ pub fn run(arguments: ExecArguments) -> ExitCode {
         Ok(None) => {}
         Err(error) => return refuse(&error),
     }
+    if arguments.workspace.as_ref().is_some_and(|wish| wish.mode == sandbox::WorkspaceMode::CopyOnWrite) {
+        return refuse(
+            "a workspace of mode `cow` needs the daemon, which keeps the changes; start `broker serve`, or use `ro` or `rw`",
+        );
+    }
     let (policy, plan) = match prepare(arguments) {
         Ok(prepared) => prepared,
         Err(error) => {
@@ -151,6 +156,12 @@ fn say_what_came(
             (serde_json::json!({ "outcome": outcome }), CANNOT)
         }
     };
+    if report["changes"] == true {
+        let id = report["sandbox"].as_str().unwrap_or_default();
+        complain!(
+            "the workspace is as it was; `broker diff {id}` shows what was changed, `broker commit {id}` makes it so, `broker discard {id}` throws it away"
+        );
+    }
     report["through"] = socket.display().to_string().into();
     let text = format!("{report:#}\n");
     if let Some(file) = report_file

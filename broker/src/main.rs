@@ -1,5 +1,6 @@
 //! `broker`: runs tools confined.
 
+mod changes;
 mod cli;
 mod client;
 mod connection;
@@ -10,6 +11,7 @@ mod operate;
 mod policy;
 mod protocol;
 mod report_file;
+mod rights;
 mod say;
 mod serve;
 mod through_daemon;
@@ -33,6 +35,13 @@ fn main() -> ExitCode {
         cli::Command::Ps { connect, json } => operate::list(&connect.socket(), json),
         cli::Command::Inspect { sandbox, connect } => operate::inspect(&connect.socket(), &sandbox),
         cli::Command::Kill { sandbox, connect } => operate::kill(&connect.socket(), &sandbox),
+        cli::Command::Diff { sandbox, workspace, connect, json } => {
+            changes::diff(&connect.socket(), sandbox.as_deref(), workspace, json)
+        }
+        cli::Command::Commit { sandbox, workspace, connect } => {
+            changes::commit(&connect.socket(), &sandbox, workspace)
+        }
+        cli::Command::Discard { sandbox, connect } => changes::discard(&connect.socket(), &sandbox),
         cli::Command::Audit(cli::AuditCommand::Show { state }) => serve::audit_show(&state),
         cli::Command::Audit(cli::AuditCommand::Verify { state }) => serve::audit_verify(&state),
         cli::Command::Doctor { json } => doctor::run(json),

@@ -9,12 +9,14 @@ use crate::client::{Client, ClientError};
 use crate::protocol::{Named, Sandbox, Sandboxes};
 use crate::say::{self, complain};
 
-fn connect(socket: &Path) -> Result<Client, String> {
+/// To the daemon that listens there.
+pub fn connect(socket: &Path) -> Result<Client, String> {
     Client::connect(socket)
         .map_err(|error| format!("no daemon answers at {}: {error}; start `broker serve`", socket.display()))
 }
 
-fn call<T: serde::de::DeserializeOwned>(
+/// One call to it.
+pub fn call<T: serde::de::DeserializeOwned>(
     socket: &Path,
     method: &str,
     parameters: &impl serde::Serialize,
@@ -22,7 +24,8 @@ fn call<T: serde::de::DeserializeOwned>(
     connect(socket)?.call(method, parameters).map_err(|error: ClientError| error.to_string())
 }
 
-fn exit(done: Result<String, String>) -> ExitCode {
+/// Prints what came of a command, or says why nothing did.
+pub fn exit(done: Result<String, String>) -> ExitCode {
     match done.and_then(|text| say::print(&text)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

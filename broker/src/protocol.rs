@@ -231,6 +231,42 @@ pub enum Mode {
     Ro,
     /// Writable.
     Rw,
+    /// Writable inside; what was written is kept apart, until the caller has it or has it thrown away.
+    Cow,
+}
+
+/// What a sandbox changed in a workspace of mode `cow`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// The sandbox's name.
+    pub sandbox: String,
+    /// Whose it was.
+    pub uid: u32,
+    /// With which group.
+    pub gid: u32,
+    /// For which of its sessions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<String>,
+    /// What the caller called the workspace.
+    pub workspace: String,
+    /// What the policy protects in it.
+    pub protect: Vec<String>,
+}
+
+/// A reply to `Changes`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Shown {
+    /// What they are.
+    pub held: Held,
+    /// The position of the directory that holds them.
+    pub directory: usize,
+}
+
+/// A reply to `Held`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct AllHeld {
+    /// All of the caller's.
+    pub held: Vec<Held>,
 }
 
 /// Limits that may only tighten the policy's.
@@ -325,6 +361,8 @@ pub enum Code {
     Signal,
     /// The configuration does not give the caller this right.
     NotYours,
+    /// The sandbox still lives.
+    Lives,
 }
 
 /// A denial: the code, and for people why.

@@ -22,9 +22,14 @@ pub fn run(mut client: Client, socket: &Path, policy: &str, wishes: Wishes) -> R
     let signals = blocked()?;
     let Offered { mut descriptors, streams, pumps } = Offered::of(&wishes)?;
     let workspace = wishes.workspace.as_ref().map(|wish| -> io::Result<Directory> {
-        descriptors.push(open(&wish.directory)?);
-        let mode = if wish.mode == WorkspaceMode::ReadOnly { Mode::Ro } else { Mode::Rw };
-        Ok(Directory { descriptor: descriptors.len() - 1, name: wish.directory.display().to_string(), mode })
+        descriptors.push(open(&wish.directory, OFlags::PATH)?);
+        let (mode, directory) = match wish.mode {
+            WorkspaceMode::ReadOnly => (Mode::Ro, wish.directory.clone()),
+            WorkspaceMode::ReadWrite => (Mode::Rw, wish.directory.clone()),
+            // The changes have to find it again.
+            WorkspaceMode::CopyOnWrite => (Mode::Cow, std::path::absolute(&wish.directory)?),
+        };
+        Ok(Directory { descriptor: descriptors.len() - 1, name: directory.display().to_string(), mode })
     });
     let run = Run {
         policy: policy.to_owned(),
@@ -181,8 +186,8 @@ fn copy(mut from: File, mut to: File) {
 }
 
 /// By the caller's own right; a link on the way could have been left by an earlier run.
-fn open(directory: &Path) -> io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+pub fn open(directory: &Path, how: OFlags) -> io::Result<OwnedFd> {
+    let flags = how | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let opened = openat2(
         CWD,
         directory,

@@ -55,6 +55,7 @@ impl Plan {
         let mode = match workspace.mode {
             WorkspaceMode::ReadOnly => "read-only",
             WorkspaceMode::ReadWrite => "writable",
+            WorkspaceMode::CopyOnWrite => "writable, changes kept apart",
         };
         writeln!(out, "\nworkspace")?;
         writeln!(

@@ -48,6 +48,8 @@ pub enum WorkspaceMode {
     ReadOnly,
     /// Can be written; what is written belongs to the workspace's owner.
     ReadWrite,
+    /// Can be written inside; the workspace stays as it is, and what was written is kept beside it.
+    CopyOnWrite,
 }
 
 /// What one of the caller's standard streams is, as far as it matters.

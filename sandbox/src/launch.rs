@@ -95,6 +95,7 @@ impl LaunchError {
             LaunchError::Workspace(error) => match error {
                 WorkspaceError::Open { path, source }
                 | WorkspaceError::Idmap { path, source, .. }
+                | WorkspaceError::Overlay { path, source, .. }
                 | WorkspaceError::Hold { path, source } => {
                     ("workspace", path.display().to_string(), Some(source))
                 }
@@ -123,6 +124,8 @@ pub struct Given {
     pub caller: (u32, u32),
     /// The caller itself (pidfd_open(2)).
     pub process: Option<OwnedFd>,
+    /// Where the changes to a workspace go that is not to be changed itself: a path that is not there yet.
+    pub changes: Option<PathBuf>,
     /// A network namespace that nobody has been in, as [`network_namespace`] makes it; nothing where one is made now.
     pub network: Option<OwnedFd>,
 }
@@ -138,9 +141,9 @@ pub fn run_given(plan: &Plan, shared: &Path, given: Given) -> Result<Report, Lau
 
 /// Takes what was given: the streams become this process's own.
 pub(crate) fn lend(plan: &Plan, given: Given) -> Result<(Option<Lent>, Option<OwnedFd>), LaunchError> {
-    let Given { streams, workspace, caller: (uid, gid), process, network } = given;
+    let Given { streams, workspace, caller: (uid, gid), process, changes, network } = given;
     streams::install(streams).map_err(call("standard streams"))?;
-    let lent = workspace.map(|directory| Lent { directory, uid, gid, process });
+    let lent = workspace.map(|directory| Lent { directory, uid, gid, process, changes });
     if plan.workspace.is_some() && lent.is_none() {
         return Err(call("workspace")(io::Error::from_raw_os_error(libc::EBADF)));
     }
@@ -174,11 +177,8 @@ pub(crate) fn with_parts(
     let slot = Slot::take(&shared.join("slots")).map_err(LaunchError::Slot)?;
     let group = plan.cgroup.as_ref().map(|limits| Group::make(limits, slot.number()));
     let group = group.transpose().map_err(LaunchError::Group)?;
-    let workspace = plan
-        .workspace
-        .as_ref()
-        .map(|plan| Workspace::open(plan, slot.uid(), &shared.join("holds"), lent))
-        .transpose();
+    let workspace =
+        plan.workspace.as_ref().map(|plan| Workspace::open(plan, slot.uid(), shared, lent)).transpose();
     let ended = workspace.map_err(LaunchError::Workspace).and_then(|workspace| {
         let (group, network) = (group.as_ref(), Cell::new(network));
         let parts = Parts { plan, filter: &filter, slot: &slot, group, signals: &signals, network };

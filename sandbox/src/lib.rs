@@ -4,6 +4,7 @@
 //! that comes to on a [`Host`]. [`run`] does it, and [`live`] keeps it for more than one command.
 
 mod cgroup;
+mod changes;
 mod confine;
 mod explain;
 mod host;
@@ -28,6 +29,7 @@ mod sys;
 mod workspace;
 
 pub use cgroup::GroupError;
+pub use changes::{discard_changes, is_unchanged, remove_tree, show_changes};
 pub use host::{Caller, Cgroups, Controller, Device, Host, PathKind};
 pub use job::{Job, NarrowError, Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish};
 pub use launch::{Given, LaunchError, fork_supervisor, network_namespace, run, run_given, shared_directory};

@@ -215,7 +215,7 @@ fn workspace(policy: &Policy, job: &Job) -> Option<WorkspacePlan> {
     // What cannot be written needs no protection.
     let mut protect: Vec<_> = match wish.mode {
         WorkspaceMode::ReadOnly => Vec::new(),
-        WorkspaceMode::ReadWrite => directories.chain(held).collect(),
+        WorkspaceMode::ReadWrite | WorkspaceMode::CopyOnWrite => directories.chain(held).collect(),
     };
     // A parent comes before what is below it: `.git` is covered whole where it is absent.
     protect.sort_by(|one, other| one.path.cmp(&other.path));
@@ -242,7 +242,7 @@ fn landlock<'a>(
     rules.extend(workspace.map(|workspace| {
         let access = match workspace.mode {
             WorkspaceMode::ReadOnly => LandlockAccess::Read,
-            WorkspaceMode::ReadWrite => LandlockAccess::Write,
+            WorkspaceMode::ReadWrite | WorkspaceMode::CopyOnWrite => LandlockAccess::Write,
         };
         (PathBuf::from(files::WORKSPACE), access)
     }));

@@ -11,6 +11,7 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, fstatfs, open
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
+use crate::changes;
 use crate::job::WorkspaceMode;
 use crate::plan::WorkspacePlan;
 use crate::sys::{self, MountAttributes, Reach};
@@ -35,6 +36,15 @@ pub enum WorkspaceError {
         path: PathBuf,
         /// Whether it is an overlay.
         overlay: bool,
+        /// Why.
+        source: io::Error,
+    },
+    /// Its changes cannot be kept apart from it.
+    Overlay {
+        /// As asked for.
+        path: PathBuf,
+        /// Where they would have gone.
+        place: PathBuf,
         /// Why.
         source: io::Error,
     },
@@ -82,6 +92,13 @@ impl std::fmt::Display for WorkspaceError {
                     path.display()
                 )
             }
+            WorkspaceError::Overlay { path, place, source } => write!(
+                out,
+                "changes to the workspace {} cannot be kept in {}: {source}; the daemon's state directory has to be on a filesystem that \
+                 can be the upper layer of an overlay (ext4, xfs, btrfs, tmpfs)",
+                path.display(),
+                place.display()
+            ),
             WorkspaceError::Link { path } => write!(
                 out,
                 "the protected path {} of the workspace is or leads through a symbolic link; remove the link, or use a policy that does \
@@ -106,6 +123,8 @@ pub(crate) struct Lent {
     pub(crate) gid: u32,
     /// The caller itself (pidfd_open(2)), whose mount namespace may be another than ours.
     pub(crate) process: Option<OwnedFd>,
+    /// Where changes go that the directory itself is not to get.
+    pub(crate) changes: Option<PathBuf>,
 }
 
 /// Whose files are the workload's.
@@ -165,7 +184,7 @@ pub(crate) struct Workspace {
 }
 
 impl Workspace {
-    /// Opens the workspace of `plan`, or takes what is `lent`, for the workload `uid`; `registry` is where placeholders are
+    /// Opens the workspace of `plan`, or takes what is `lent`, for the workload `uid`; `shared` is where placeholders are
     /// noted.
     ///
     /// # Errors
@@ -173,9 +192,10 @@ impl Workspace {
     pub(crate) fn open(
         plan: &WorkspacePlan,
         uid: u32,
-        registry: &Path,
+        shared: &Path,
         lent: Option<&Lent>,
     ) -> Result<Workspace, WorkspaceError> {
+        let registry = &shared.join("holds");
         let path = &plan.directory;
         let failed = |source: io::Error| WorkspaceError::Open { path: path.clone(), source };
         let directory = match lent {
@@ -202,7 +222,22 @@ impl Workspace {
             overlay: fstatfs(&directory).is_ok_and(|found| u64::try_from(found.f_type) == Ok(OVERLAY_MAGIC)),
             source,
         })?;
-        if plan.protect.is_empty() {
+        let copied = plan.mode == WorkspaceMode::CopyOnWrite;
+        let mount = if copied {
+            let place = lent.and_then(|lent| lent.changes.as_ref());
+            let place = place.ok_or_else(|| failed(io::Error::from_raw_os_error(libc::ENOTSUP)))?;
+            let mode = Mode::from_raw_mode(found.st_mode & 0o777);
+            let mount = changes::overlay(mount, place, uid, mode, &shared.join("lower"));
+            mount.map_err(|source| WorkspaceError::Overlay {
+                path: path.clone(),
+                place: place.clone(),
+                source,
+            })?
+        } else {
+            mount
+        };
+        // What nobody but the workload sees changed needs no protection before somebody wants it.
+        if plan.protect.is_empty() || copied {
             return Ok(Workspace {
                 mount,
                 protect: Vec::new(),
@@ -265,8 +300,8 @@ fn in_mounts_of<T>(process: &OwnedFd, act: impl FnOnce() -> io::Result<T>) -> io
 
 /// The mount: only `owner`'s files are the workload's, everything else is nobody's.
 fn idmapped(mount: OwnedFd, owner: Owner, mode: WorkspaceMode, uid: u32) -> io::Result<OwnedFd> {
-    let map = user_namespace(&format!("{} {uid} 1", owner.uid), &format!("{} {uid} 1", owner.gid))?;
-    let read_only = if mode == WorkspaceMode::ReadOnly { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    let map = one_owner((owner.uid, owner.gid), (uid, uid))?;
+    let read_only = if mode == WorkspaceMode::ReadWrite { 0 } else { libc::MOUNT_ATTR_RDONLY };
     let attributes = MountAttributes {
         set: libc::MOUNT_ATTR_IDMAP | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | read_only,
         clear: 0,
@@ -275,6 +310,11 @@ fn idmapped(mount: OwnedFd, owner: Owner, mode: WorkspaceMode, uid: u32) -> io::
     };
     sys::mount_setattr(&mount, attributes, Reach::All)?;
     Ok(mount)
+}
+
+/// For an idmapped mount in which the files of `stored` are `shown`'s, by uid and gid, and all others nobody's.
+pub(crate) fn one_owner(stored: (u32, u32), shown: (u32, u32)) -> io::Result<OwnedFd> {
+    user_namespace(&format!("{} {} 1", stored.0, shown.0), &format!("{} {} 1", stored.1, shown.1))
 }
 
 /// A user namespace that exists only as a pair of maps.

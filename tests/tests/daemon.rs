@@ -1,5 +1,7 @@
 //! `broker serve` with real processes: what runs through it, who may ask for what, what is recorded, what dies with whom.
 
+#[path = "daemon/changes.rs"]
+mod changes;
 #[path = "daemon/holders.rs"]
 mod holders;
 #[path = "daemon/hostile.rs"]

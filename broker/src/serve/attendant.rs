@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::inner::{FromSupervisor, ToSupervisor, receive, send, until};
 use super::supervisor::{caller, narrowed, words};
-use crate::protocol::Variable;
+use crate::protocol::{Held, Variable};
 
 /// The number of the one command of a sandbox that was warm; the core's begin at 1.
 const ONLY: u32 = 0;
@@ -68,8 +68,9 @@ impl<'a> Attendant<'a> {
         host: &'a Host,
         wishes: Wishes,
         plan: &'a Plan,
+        held: Option<Box<Held>>,
     ) -> Attendant<'a> {
-        let ready = FromSupervisor::Ready { policy: policy.hash() };
+        let ready = FromSupervisor::Ready { policy: policy.hash(), held };
         Attendant {
             channel,
             policy,

@@ -35,7 +35,7 @@ pub struct Audit {
 impl Audit {
     /// Goes on with the record of `server`, and verifies its newest part first.
     pub fn open(server: &Server, metrics: Arc<Metrics>) -> Result<Audit, String> {
-        let directory = server.state.clone();
+        let directory = server.record();
         let (verified, first) = chain::resume(&directory)?;
         let mut writer = Writer {
             file: opened(chain::newest(&directory), OpenOptions::new().append(true))?,

@@ -41,7 +41,7 @@ pub struct Pool {
 pub struct Server {
     /// Where it listens.
     pub socket: PathBuf,
-    /// Where the audit record stands.
+    /// Where the audit record stands, and what is held of workspaces.
     pub state: PathBuf,
     /// Where Prometheus may scrape, over HTTP on a Unix socket.
     pub metrics: Option<PathBuf>,
@@ -58,6 +58,18 @@ impl Default for Server {
             audit_bytes: ByteSize::mebibytes(64),
         }
     }
+}
+
+impl Server {
+    /// Where the core writes its record.
+    pub fn record(&self) -> PathBuf {
+        record(&self.state)
+    }
+}
+
+/// Where the record is below a state directory.
+pub fn record(state: &Path) -> PathBuf {
+    state.join("record")
 }
 
 /// What a user, or everybody of a group, may ask for.

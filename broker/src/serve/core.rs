@@ -2,6 +2,7 @@
 //! forks and holds nothing that it could hand out but the channels of its sandboxes.
 
 mod askers;
+mod changes;
 mod decide;
 mod denials;
 mod holders;
@@ -29,7 +30,7 @@ use super::inner::{FromSupervisor, Kind, Start, ToCore, ToLauncher, channel, rec
 use super::metrics::Metrics;
 use super::roles::{Answer, Ask, Role};
 use crate::connection::{Connection, End, Foreign};
-use crate::protocol::{Code, Denial, INTERFACE, Run, Sandbox};
+use crate::protocol::{Code, Denial, Held, INTERFACE, Run, Sandbox};
 use crate::wire::{self, Breach, Call};
 use askers::Asker;
 use denials::Denials;
@@ -59,6 +60,8 @@ struct Table {
     making: BTreeSet<PolicyName>,
     /// How many of each role answer.
     roles: BTreeMap<Role, usize>,
+    /// What sandboxes have changed, by their names.
+    held: BTreeMap<String, Held>,
     connections: BTreeMap<u32, usize>,
     denials: BTreeMap<u32, Denials>,
     started: u64,
@@ -127,6 +130,7 @@ async fn hear(core: Arc<Core>) -> io::Result<()> {
                     tokio::spawn(async move { core.attend_role(role, &channel).await });
                 }
             }
+            Some((ToCore::Held(held), _)) => core.hold(Some(Box::new(held))),
             Some((ToCore::Ping, _)) => core.tell(&ToLauncher::Serving, &[]).await?,
             Some((ToCore::Setup(_), _)) => {}
         }
@@ -189,6 +193,9 @@ impl Core {
             (INTERFACE, "Inspect") => self.inspect(connection, asker, parameters(&call)?).await,
             (INTERFACE, "Signal") => self.signal(connection, asker, parameters(&call)?).await,
             (INTERFACE, "Kill") => self.kill(connection, asker, parameters(&call)?).await,
+            (INTERFACE, "Held") => self.held(connection, asker).await,
+            (INTERFACE, "Changes") => self.changes(connection, asker, parameters(&call)?).await,
+            (INTERFACE, "Discard") => self.discard(connection, asker, parameters(&call)?).await,
             (INTERFACE, "Metrics") => self.measured(connection, asker).await,
             (INTERFACE, "Records") => self.records(connection, asker, parameters(&call)?).await,
             ("org.varlink.service" | INTERFACE, _) => {
@@ -208,6 +215,10 @@ impl Core {
         };
         let parameters = json!({ "message": message, "report": report });
         connection.error(format!("{INTERFACE}.NotStarted"), parameters).await
+    }
+
+    fn hold(&self, held: Option<Box<Held>>) {
+        self.table().held.extend(held.map(|held| (held.sandbox.clone(), *held)));
     }
 
     /// Knows of a role for as long as it is there.
@@ -269,7 +280,7 @@ impl Core {
 
     async fn finish(&self, id: &str, ended: &FromSupervisor) {
         let (outcome, by) = match ended {
-            FromSupervisor::Ended { report } => (report["outcome"].clone(), report["ended_by"].clone()),
+            FromSupervisor::Ended { report, .. } => (report["outcome"].clone(), report["ended_by"].clone()),
             FromSupervisor::Denied { denial } => {
                 (json!({ "kind": "denied", "code": denial.code }), "broker".into())
             }
@@ -282,7 +293,14 @@ impl Core {
         };
         self.metrics.ended(by.as_str().unwrap_or_default());
         self.audit.record(json!({ "kind": "end", "sandbox": id, "outcome": outcome, "ended_by": by })).await;
-        self.table().sandboxes.remove(id);
+        {
+            let mut table = self.table();
+            table.sandboxes.remove(id);
+            if let FromSupervisor::Ended { held, .. } = ended {
+                table.held.remove(id);
+                table.held.extend(held.clone().map(|held| (id.to_owned(), *held)));
+            }
+        }
         let _ = self.tell(&ToLauncher::Forget { id: id.to_owned() }, &[]).await;
     }
 }

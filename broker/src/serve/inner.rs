@@ -1,15 +1,15 @@
 //! What the launcher, the core and a sandbox's supervisor say to each other: one `SOCK_SEQPACKET` packet is one message
 //! and its descriptors. Nobody else is ever at either end.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::time::Instant;
 
 use rustix::event::Timespec;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+    sendmsg, socketpair,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,8 @@ use serde_json::Value;
 
 use super::config::{Config, Peer};
 use super::roles::Role;
-use crate::protocol::{Denial, Run, Sandbox, Variable};
+use crate::protocol::{Denial, Held, Run, Sandbox, Variable};
+use crate::rights;
 
 /// The longest packet; what a peer may send is cut to fit long before.
 pub const PACKET_BYTES_MAX: usize = 160 << 10;
@@ -32,6 +33,8 @@ pub enum ToCore {
     Setup(Config),
     /// Are you there?
     Ping,
+    /// What a sandbox has changed, and nobody has thrown away.
+    Held(Held),
     /// A role that waits for work. The descriptor is the line to it.
     Role(Role),
     /// A sandbox that lives already, with the core's end of its channel and, where it has a handle, of that.
@@ -86,11 +89,38 @@ pub enum ToLauncher {
         /// The sandbox.
         id: String,
     },
+    /// Show what a sandbox has changed, or throw it away. The descriptor is the line for the answer.
+    Errand {
+        /// The sandbox.
+        id: String,
+        /// Which of the two.
+        what: Errand,
+    },
     /// The core has recorded how it ended.
     Forget {
         /// The sandbox.
         id: String,
     },
+}
+
+/// What is done with what a sandbox has changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Errand {
+    /// The answer carries its directory.
+    Show,
+    /// Until nothing of it is left.
+    Discard,
+}
+
+/// The answer to an errand.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Done {
+    /// It is.
+    Well,
+    /// Why it is not.
+    Failed(String),
 }
 
 /// What is started.
@@ -182,6 +212,8 @@ pub enum FromSupervisor {
     Ready {
         /// The hash of its policy.
         policy: String,
+        /// What it changes in its workspace, where that is held apart.
+        held: Option<Box<Held>>,
     },
     /// It does so again, and nothing of what ran in it before is left.
     Renewed,
@@ -196,6 +228,8 @@ pub enum FromSupervisor {
     Ended {
         /// The report.
         report: Value,
+        /// What it changed in its workspace, where that is held apart, and there is anything.
+        held: Option<Box<Held>>,
     },
     /// It was not allowed after all. The last word.
     Denied {
@@ -244,28 +278,14 @@ pub fn receive<T: DeserializeOwned>(
     flags: RecvFlags,
 ) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
     let mut bytes = vec![0_u8; PACKET_BYTES_MAX];
-    let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = rustix::io::retry_on_intr(|| {
-        recvmsg(&from, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags | RecvFlags::CMSG_CLOEXEC)
-    });
-    let received = match received {
-        Err(rustix::io::Errno::CONNRESET) => return Ok(None),
+    let received = match rights::receive(from, &mut bytes, flags) {
+        Err(error) if error.raw_os_error() == Some(libc::ECONNRESET) => return Ok(None),
         other => other?,
     };
-    let descriptors: Vec<OwnedFd> = control
-        .drain()
-        .flat_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
-            _ => Vec::new(),
-        })
-        .collect();
-    if received.flags.intersects(ReturnFlags::CTRUNC | ReturnFlags::TRUNC) {
-        return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
-    }
     if received.bytes == 0 {
         return Ok(None);
     }
+    let descriptors = received.descriptors;
     Ok(Some((serde_json::from_slice(&bytes[..received.bytes])?, descriptors)))
 }
 

@@ -15,6 +15,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::{RecvFlags, SendFlags};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
+use super::changes;
 use super::config::Config;
 use super::inner::{Kind, Start, ToCore, ToLauncher, channel, receive, send, until};
 use super::roles::Roles;
@@ -54,6 +55,8 @@ pub struct Launcher {
     /// Network namespaces that nobody has been in.
     networks: Vec<OwnedFd>,
     roles: Roles,
+    /// Processes that show or remove what sandboxes have changed.
+    errands: Vec<OwnedFd>,
 }
 
 /// The core, as the launcher has it.
@@ -87,6 +90,7 @@ impl Launcher {
             living: BTreeMap::new(),
             networks: Vec::new(),
             roles: Roles::new(),
+            errands: Vec::new(),
         })
     }
 
@@ -154,6 +158,9 @@ impl Launcher {
             send(&ours, &ToCore::Living { sandbox, kind }, &channels, SendFlags::empty())?;
         }
         self.roles.introduce(&ours)?;
+        for held in changes::all(&self.config.server.state) {
+            send(&ours, &ToCore::Held(held), &[], SendFlags::empty())?;
+        }
         Ok(Core { process, channel: ours })
     }
 
@@ -215,6 +222,10 @@ impl Launcher {
         if self.stop_was_asked_for() {
             return Ok(Turn::Stop);
         }
+        self.errands.retain(|errand| {
+            let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+            matches!(waitid(WaitId::PidFd(errand.as_fd()), options), Ok(None))
+        });
         self.roles.reap();
         self.roles.restart(&core.channel);
         if let Some((interval, last)) = &mut self.watchdog
@@ -261,6 +272,16 @@ impl Launcher {
                 }
             }
             ToLauncher::End { id } => self.signal(&id, END),
+            ToLauncher::Errand { id, what } => {
+                if let Some(channel) = descriptors.into_iter().next() {
+                    let state = self.config.server.state.clone();
+                    let begun = sandbox::fork_supervisor(Vec::new(), channel, |_, channel| {
+                        changes::run(&state, &id, what, &channel);
+                    });
+                    // Where it cannot be begun, the core hears the end of its line.
+                    self.errands.extend(begun);
+                }
+            }
             ToLauncher::Forget { id } => match self.living.get_mut(&id) {
                 Some(living) if living.supervisor.is_some() => living.forgotten = true,
                 _ => drop(self.living.remove(&id)),
@@ -283,6 +304,7 @@ impl Launcher {
         };
         let cores_handle = if matches!(start.kind, Kind::Live { .. }) { descriptors.next() } else { None };
         let (sandbox, kind) = (start.sandbox.clone(), start.kind.clone());
+        let state = self.config.server.state.clone();
         let network = self.networks.pop();
         let ready = network.is_some();
         let supervisor = sandbox::fork_supervisor(
@@ -290,7 +312,7 @@ impl Launcher {
             supervisors,
             |mut given, channel| {
                 let network = if ready { given.pop() } else { None };
-                supervisor::live(start, given, network, &channel);
+                supervisor::live(start, given, network, &state, &channel);
             },
         )?;
         let channels = std::iter::once(cores).chain(cores_handle).collect();

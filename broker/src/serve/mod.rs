@@ -2,6 +2,7 @@
 
 mod attendant;
 mod audit;
+mod changes;
 mod config;
 mod core;
 mod inner;
@@ -48,12 +49,14 @@ fn launch(config: Config) -> io::Result<()> {
             "the daemon is started by root, or by systemd",
         ));
     }
-    let state = &config.server.state;
-    named(state, DirBuilder::new().recursive(true).mode(0o700).create(state))?;
-    named(
-        state,
-        chown(state, Some(Uid::from_raw(CORE_ID)), Some(Gid::from_raw(CORE_ID))).map_err(Into::into),
-    )?;
+    // The state directory is root's, so that the core, which comes through, can put nothing else in the place of a part.
+    let (state, record) = (&config.server.state, config.server.record());
+    named(state, DirBuilder::new().recursive(true).mode(0o711).create(state))?;
+    named(state, chown(state, Some(Uid::from_raw(0)), Some(Gid::from_raw(0))).map_err(Into::into))?;
+    named(state, changes::prepare(state))?;
+    named(&record, DirBuilder::new().recursive(true).mode(0o700).create(&record))?;
+    let core = (Some(Uid::from_raw(CORE_ID)), Some(Gid::from_raw(CORE_ID)));
+    named(&record, chown(&record, core.0, core.1).map_err(Into::into))?;
     let socket = config.server.socket.clone();
     // systemd's own (sd_listen_fds(3)), which it keeps while the service is down.
     let activated = activated().map(UnixListener::from);
@@ -134,7 +137,7 @@ fn give_up_everything() -> io::Result<()> {
 
 /// `broker audit verify`
 pub fn audit_verify(state: &Path) -> ExitCode {
-    match audit::verify(state) {
+    match audit::verify(&config::record(state)) {
         Ok(verified) => {
             println!("{} records, whole; the last is {}", verified.records, verified.last);
             ExitCode::SUCCESS
@@ -150,7 +153,7 @@ pub fn audit_verify(state: &Path) -> ExitCode {
 pub fn audit_show(state: &Path) -> ExitCode {
     use std::io::Write;
     let mut out = io::stdout().lock();
-    let shown = audit::show(state, |line| {
+    let shown = audit::show(&config::record(state), |line| {
         let _ = writeln!(out, "{}", crate::say::tame(line));
     });
     match shown {

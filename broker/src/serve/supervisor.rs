@@ -2,6 +2,7 @@
 //! It reads what the core has checked, and nothing that a workload wrote.
 
 use std::ffi::OsString;
+use std::path::Path;
 
 use rustix::fd::OwnedFd;
 use rustix::net::SendFlags;
@@ -12,13 +13,20 @@ use sandbox::{
 use serde_json::json;
 
 use super::attendant::{Attendant, Only};
+use super::changes;
 use super::inner::{FromSupervisor, Kind, Start, send};
 use crate::library::Policies;
-use crate::protocol::{Code, Denial, Directory, Limits, Mode, Run, Variable};
+use crate::protocol::{Code, Denial, Directory, Held, Limits, Mode, Run, Sandbox, Variable};
 
 /// Does it all; the descriptors are those of the request.
-pub fn live(start: Start, descriptors: Vec<OwnedFd>, network: Option<OwnedFd>, channel: &OwnedFd) {
-    let said = match run(start, descriptors, network, channel) {
+pub fn live(
+    start: Start,
+    descriptors: Vec<OwnedFd>,
+    network: Option<OwnedFd>,
+    state: &Path,
+    channel: &OwnedFd,
+) {
+    let said = match run(start, descriptors, network, state, channel) {
         Ok(ended) => ended,
         Err(refused) => refused,
     };
@@ -34,6 +42,7 @@ fn run(
     start: Start,
     descriptors: Vec<OwnedFd>,
     network: Option<OwnedFd>,
+    state: &Path,
     channel: &OwnedFd,
 ) -> Result<FromSupervisor, FromSupervisor> {
     let Start { sandbox, peer, run, kind, process } = start;
@@ -44,7 +53,11 @@ fn run(
     let streams = streams.each().map(|stream| stream.and_then(&mut take));
     let wish = workspace.as_ref().map(|Directory { name, mode, .. }| WorkspaceWish {
         directory: name.into(),
-        mode: if *mode == Mode::Ro { WorkspaceMode::ReadOnly } else { WorkspaceMode::ReadWrite },
+        mode: match mode {
+            Mode::Ro => WorkspaceMode::ReadOnly,
+            Mode::Rw => WorkspaceMode::ReadWrite,
+            Mode::Cow => WorkspaceMode::CopyOnWrite,
+        },
     });
     let directory = workspace.and_then(|workspace| take(workspace.descriptor));
     let process = process.and_then(take);
@@ -61,7 +74,19 @@ fn run(
     };
     let host = Host::probe(&policy, caller(&path));
     let plan = planned(&policy, wishes.clone(), &host)?;
-    let given = Given { streams, workspace: directory, caller: (peer.uid, peer.gid), process, network };
+    let held = held(&sandbox, &plan, (peer.uid, peer.gid));
+    let place = held.as_ref().map(|held| {
+        changes::place(state, &held.sandbox).and_then(|place| changes::note(state, held).map(|()| place))
+    });
+    let place = place.transpose().map_err(|error| not_started(format!("the state directory: {error}")))?;
+    let given = Given {
+        streams,
+        workspace: directory,
+        caller: (peer.uid, peer.gid),
+        process,
+        changes: place,
+        network,
+    };
     let shared = sandbox::shared_directory();
     let mut only = None;
     let ran = if kind == Kind::Run {
@@ -73,12 +98,36 @@ fn run(
                 "its policy caps output, which no sandbox that lives does yet",
             ));
         }
-        let mut attendant = Attendant::new(channel, &policy, &host, wishes, &plan);
+        let mut attendant = Attendant::new(channel, &policy, &host, wishes, &plan, held.clone());
         let ran = sandbox::live(&plan, &shared, given, |orders| attendant.attend(orders));
         only = attendant.only;
         ran
     };
-    came_to(ran, &policy, &plan, sandbox.id, only)
+    let held = held.filter(|held| !matches!(changes::settle(state, &held.sandbox), Ok(false)));
+    came_to(ran, &policy, &plan, sandbox.id, only).map(|ended| match ended {
+        FromSupervisor::Ended { mut report, .. } => {
+            report["changes"] = held.is_some().into();
+            FromSupervisor::Ended { report, held }
+        }
+        other => other,
+    })
+}
+
+/// What is noted of changes that are held apart.
+fn held(sandbox: &Sandbox, plan: &Plan, (uid, gid): (u32, u32)) -> Option<Box<Held>> {
+    let workspace = plan.workspace.as_ref().filter(|plan| plan.mode == WorkspaceMode::CopyOnWrite)?;
+    Some(Box::new(Held {
+        sandbox: sandbox.id.clone(),
+        uid,
+        gid,
+        session: sandbox.session.clone(),
+        workspace: workspace.directory.display().to_string(),
+        protect: workspace.protect.iter().map(|protect| protect.path.display().to_string()).collect(),
+    }))
+}
+
+fn not_started(message: String) -> FromSupervisor {
+    FromSupervisor::NotStarted { message, report: None }
 }
 
 /// Nobody's home: what the policy names below one is the embedded caller's to show.
@@ -133,7 +182,7 @@ fn came_to(
             }
             let mut report = report.to_json(policy, plan).unwrap_or_default();
             report["sandbox"] = id.into();
-            Ok(FromSupervisor::Ended { report })
+            Ok(FromSupervisor::Ended { report, held: None })
         }
         Err(error) => {
             let outcome = serde_json::to_value(error.outcome()).ok();

@@ -64,12 +64,16 @@ impl Peer {
     }
 
     pub fn provision(&self, workspace: Option<&Path>) -> (String, OwnedFd) {
+        self.provision_as(workspace, "rw")
+    }
+
+    pub fn provision_as(&self, workspace: Option<&Path>, mode: &str) -> (String, OwnedFd) {
         let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
         let open = |path: &Path| rustix::fs::open(path, flags, rustix::fs::Mode::empty());
         let directory = workspace.map(|path| open(path).expect("it is there"));
         let mut parameters = json!({ "policy": "default", "environment": [], "path": "/usr/bin:/bin" });
         if let Some(path) = workspace {
-            parameters["workspace"] = json!({ "descriptor": 0, "name": path, "mode": "rw" });
+            parameters["workspace"] = json!({ "descriptor": 0, "name": path, "mode": mode });
         }
         let given: Vec<_> = directory.iter().map(AsFd::as_fd).collect();
         self.send("Provision", &parameters, false, &given);

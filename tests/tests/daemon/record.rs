@@ -75,7 +75,7 @@ fn cb_22_every_act_is_one_record_and_what_it_says_is_escaped() {
     assert_eq!(records[0]["event"]["command"][3], NASTY);
     assert_eq!(records[0]["event"]["uid"], ADA);
     assert_eq!(records[1]["event"]["outcome"], json!({ "kind": "exited", "code": 3 }));
-    let raw = fs::read(daemon.state().join("audit.jsonl")).expect("the record");
+    let raw = fs::read(daemon.state().join("record/audit.jsonl")).expect("the record");
     assert!(!raw.contains(&0x1b), "an escape stands raw in the record");
     assert_eq!(raw.iter().filter(|byte| **byte == b'\n').count(), records.len());
     assert!(raw.split(|byte| *byte == b'\n').all(|line| line.len() < 64 << 10), "a record has no bound");
@@ -132,7 +132,7 @@ fn an_edited_removed_reordered_or_cut_record_is_found() {
     }
     daemon.stop();
     assert!(daemon.audit("verify").status.success(), "the control");
-    let path = daemon.state().join("audit.jsonl");
+    let path = daemon.state().join("record/audit.jsonl");
     let good = fs::read_to_string(&path).expect("the record");
     let lines: Vec<&str> = good.lines().collect();
     assert_eq!(lines.len(), 8);
@@ -214,7 +214,7 @@ fn the_chain_goes_on_from_file_to_file() {
         assert!(daemon.exec(0, &[], &["true"]).status.success());
     }
     let parts = || {
-        let listed = fs::read_dir(daemon.state()).expect("a directory");
+        let listed = fs::read_dir(daemon.state().join("record")).expect("a directory");
         let mut parts: Vec<PathBuf> = listed.flatten().map(|entry| entry.path()).collect();
         parts.retain(|path| path.extension().is_some_and(|ending| ending == "jsonl"));
         parts.sort();

@@ -166,7 +166,8 @@ impl Core {
         let (ours, theirs) = channel().map_err(|_| End::Failed)?;
         let allowed = may_use(&run.policy, &asker.rights)
             .and_then(|()| all_named(&named, &descriptors))
-            .and_then(|()| is_lendable(run.workspace.as_ref(), &descriptors));
+            .and_then(|()| is_lendable(run.workspace.as_ref(), &descriptors))
+            .and_then(|()| self.may_hold(&run, asker));
         if let Err(denial) = allowed {
             return self.deny(connection, asker, "Provision", denial).await;
         }
@@ -216,7 +217,7 @@ impl Core {
         let live = Arc::new(Live::new(id.clone(), channel, handle, Effects::default(), holder));
         if !was_warm {
             match hear_supervisor(&live.channel).await {
-                FromSupervisor::Ready { .. } => {}
+                FromSupervisor::Ready { held, .. } => self.hold(held),
                 FromSupervisor::Denied { denial } => {
                     self.finish(&id, &FromSupervisor::Denied { denial: denial.clone() }).await;
                     return self.deny(connection, asker, "Provision", denial).await;
@@ -245,7 +246,7 @@ impl Core {
         let first = Principal { uid: sandbox.uid, session: sandbox.session.clone() };
         let (mut effects, mut holder) = (Effects::default(), Holder::new(first));
         // The record was verified when this process began.
-        let _ = audit::of_sandbox(&self.config.server.state, &id, sandbox.started_ms, |event| {
+        let _ = audit::of_sandbox(&self.config.server.record(), &id, sandbox.started_ms, |event| {
             effects.follow(event);
             holder.follow(event);
         });

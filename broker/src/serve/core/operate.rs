@@ -95,7 +95,7 @@ impl Core {
         if !asker.rights.may(Verb::Audit) {
             return self.deny(connection, asker, "Records", Denial::not_yours("audit")).await;
         }
-        let state = self.config.server.state.clone();
+        let state = self.config.server.record();
         let read = tokio::task::spawn_blocking(move || audit::from(&state, from)).await;
         match read {
             Ok(Ok(records)) => connection.reply(Recorded { records }, false).await,

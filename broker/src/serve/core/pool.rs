@@ -95,7 +95,7 @@ impl Core {
         let start = Start { sandbox, peer: peer.into(), run, kind: Kind::Warm, process: None };
         let channel = self.start(start, &[]).await.and_then(packets).map_err(|error| error.to_string())?;
         match hear_supervisor(&channel).await {
-            FromSupervisor::Ready { policy } => Ok(Warm { id, channel, policy }),
+            FromSupervisor::Ready { policy, .. } => Ok(Warm { id, channel, policy }),
             ended => {
                 let _ = self.tell(&ToLauncher::Forget { id }, &[]).await;
                 Err(match ended {

@@ -26,7 +26,8 @@ impl Core {
         descriptors: Vec<Foreign>,
         more: bool,
     ) -> Result<(), End> {
-        if let Err(denial) = decide(&run, &asker.rights, &descriptors) {
+        let allowed = decide(&run, &asker.rights, &descriptors).and_then(|()| self.may_hold(&run, asker));
+        if let Err(denial) = allowed {
             return self.deny(connection, asker, "Run", denial).await;
         }
         let warm = self.take_warm(&run).await;
@@ -76,7 +77,8 @@ impl Core {
             return Err(end);
         }
         match ended {
-            FromSupervisor::Ended { report } => {
+            FromSupervisor::Ended { report, held } => {
+                self.hold(held);
                 let sandbox = report["sandbox"].as_str().unwrap_or_default().to_owned();
                 connection.reply(Ran { sandbox, report: Some(report) }, false).await
             }

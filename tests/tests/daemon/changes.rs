@@ -1,0 +1,263 @@
+//! Workspaces of mode `cow`: the workspace stays as it is, and what was changed is shown, made so or thrown away by the
+//! caller's own right, whatever the workload left in it.
+
+use serde_json::json;
+
+use super::lives::Peer;
+use super::*;
+
+/// Everything below a directory: name, kind, content.
+fn listing(folder: &Path) -> Vec<String> {
+    let find = Command::new("find")
+        .arg(folder)
+        .args([
+            "-mindepth",
+            "1",
+            "(",
+            "-type",
+            "l",
+            "-printf",
+            "%P -> %l\\n",
+            "-o",
+            "-printf",
+            "%P %y %m\\n",
+            ")",
+        ])
+        .output()
+        .expect("find runs");
+    let mut lines: Vec<String> = text(&find.stdout).lines().map(str::to_owned).collect();
+    lines.sort();
+    lines
+}
+
+fn read(folder: &Path, name: &str) -> Option<String> {
+    fs::read_to_string(folder.join(name)).ok()
+}
+
+fn workspace() -> TempDir {
+    let own = folder_of(ADA);
+    let script = "mkdir -p src/deep gone kept && echo one > src/a && echo two > src/deep/b && echo x > gone/x && echo old > swap && \
+        ln -s /etc/passwd link && mkdir .git && echo ours > .git/config";
+    let mut shell = Command::new("sh");
+    shell.args(["-c", script]).current_dir(own.path()).uid(ADA).gid(ADA);
+    assert!(shell.status().expect("sh runs").success());
+    own
+}
+
+/// Runs `script` in it; the sandbox's name.
+fn change(daemon: &Daemon, own: &Path, script: &str) -> String {
+    let wish = format!("{}:cow", own.display());
+    let output = daemon.exec(ADA, &["--workspace", &wish, "--report", "-"], &["sh", "-c", script]);
+    let report: Value =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(&output.stderr)));
+    assert_eq!(
+        report["outcome"],
+        json!({ "kind": "exited", "code": 0 }),
+        "{report} {}",
+        text(&output.stderr)
+    );
+    assert_eq!(report["changes"], text(&output.stderr).contains("broker commit"), "{}", text(&output.stderr));
+    report["sandbox"].as_str().expect("a name").to_owned()
+}
+
+fn ask(daemon: &Daemon, uid: u32, words: &[&str]) -> Output {
+    daemon.broker(uid, words).output().expect("it runs")
+}
+
+const SCRIPT: &str = "echo more >> src/a; rm src/deep/b; echo new > src/deep/c; rm -r gone; mkdir gone; echo y > gone/y; \
+    rm swap; mkdir swap; echo z > swap/z; rm link; ln -s nowhere link; mkdir -m 700 made; echo s > made/s; chmod 755 made/s; \
+    mv kept moved 2>/dev/null || cp -r kept moved";
+
+#[test]
+fn the_workspace_stays_as_it_is_until_its_owner_commits() {
+    let daemon = Daemon::start();
+    let own = workspace();
+    let before = listing(own.path());
+    let id = change(&daemon, own.path(), SCRIPT);
+    assert_eq!(listing(own.path()), before, "nothing happened to it");
+    let diff = ask(&daemon, ADA, &["diff", &id]);
+    let expected = "M \"gone\"\nA \"gone/y\"\nM \"link\"\nA \"made\"\nA \"made/s\"\nA \"moved\"\nM \"src/a\"\nD \"src/deep/b\"\nA \"src/deep/c\"\n\
+        M \"swap\"\nA \"swap/z\"\n";
+    assert_eq!(text(&diff.stdout).replace("D \"kept\"\n", ""), expected, "{}", text(&diff.stderr));
+    assert!(text(&ask(&daemon, ADA, &["diff"]).stdout).contains(&id), "it is listed");
+    for uid in [EVE, 0] {
+        let other = ask(&daemon, uid, &["diff", &id]);
+        assert!(!other.status.success() && text(&other.stderr).contains("no sandbox"), "{uid}: it is Ada's");
+    }
+    let commit = ask(&daemon, ADA, &["commit", &id]);
+    assert!(commit.status.success(), "{}", text(&commit.stderr));
+    let own = own.path();
+    assert_eq!(read(own, "src/a").as_deref(), Some("one\nmore\n"));
+    assert_eq!((read(own, "src/deep/b"), read(own, "src/deep/c").as_deref()), (None, Some("new\n")));
+    assert_eq!(
+        (read(own, "gone/x"), read(own, "gone/y").as_deref()),
+        (None, Some("y\n")),
+        "another directory of that name"
+    );
+    assert_eq!(read(own, "swap/z").as_deref(), Some("z\n"));
+    assert_eq!(fs::read_link(own.join("link")).expect("a link"), Path::new("nowhere"));
+    for line in ["made d 700", "made/s f 755"] {
+        assert!(listing(own).contains(&line.to_owned()), "{line}: {:?}", listing(own));
+    }
+    use std::os::unix::fs::MetadataExt;
+    assert_eq!(fs::metadata(own.join("made/s")).expect("it is there").uid(), ADA);
+    assert!(!ask(&daemon, ADA, &["diff", &id]).status.success(), "and then it is gone");
+    assert_eq!(fs::read_dir(daemon.state().join("changes")).expect("a directory").count(), 0);
+}
+
+#[test]
+fn what_was_not_changed_is_not_held_and_what_is_thrown_away_is_gone() {
+    let daemon = Daemon::start();
+    let own = workspace();
+    change(&daemon, own.path(), "cat src/a > /dev/null; ls -R . > /dev/null");
+    let held = || fs::read_dir(daemon.state().join("changes")).expect("a directory").count();
+    assert_eq!(held(), 0);
+    let id = change(&daemon, own.path(), "echo x > y");
+    assert_eq!(held(), 2, "the changes and what is noted of them");
+    daemon.kill_core();
+    let known = || ask(&daemon, ADA, &["diff", &id]).status.success();
+    assert!(within(Duration::from_secs(2), known), "the next core knows of it");
+    assert!(!ask(&daemon, EVE, &["discard", &id]).status.success());
+    assert!(ask(&daemon, ADA, &["discard", &id]).status.success());
+    assert_eq!(held(), 0);
+    assert!(!own.path().join("y").exists());
+}
+
+/// What the host runs or obeys later is not changed by a commit either, and what is no file is none of a workspace's.
+#[test]
+fn what_is_protected_or_special_is_not_committed() {
+    let daemon = Daemon::start();
+    let own = workspace();
+    let script = "echo evil > .git/config; mkdir -p .git/hooks; echo evil > .git/hooks/post-commit; echo evil > .bashrc; mkfifo fifo; \
+        echo fine > fine; rm -r .git/x 2>/dev/null; mkdir .vscode; echo evil > .vscode/tasks.json; true";
+    let id = change(&daemon, own.path(), script);
+    let commit = ask(&daemon, ADA, &["commit", &id]);
+    assert!(
+        commit.status.success() && text(&commit.stderr).contains("stay held"),
+        "{}",
+        text(&commit.stderr)
+    );
+    let said = text(&commit.stdout);
+    for line in [
+        "A \"fine\"",
+        "! \"fifo\"",
+        "P \".bashrc\"",
+        "P \".git/config\"",
+        "P \".git/hooks\"",
+        "P \".vscode\"",
+    ] {
+        assert!(said.lines().any(|found| found == line), "{line}: {said}");
+    }
+    assert_eq!(read(own.path(), ".git/config").as_deref(), Some("ours\n"));
+    let found = listing(own.path());
+    assert!(
+        !found.iter().any(|line| line.contains("hooks") || line.contains("bashrc") || line.contains("fifo")),
+        "{found:?}"
+    );
+    assert_eq!(read(own.path(), "fine").as_deref(), Some("fine\n"));
+    // Removing what holds a protected path is a change to it.
+    let id = change(&daemon, own.path(), "rm -rf .git && echo file > .git");
+    assert!(text(&ask(&daemon, ADA, &["commit", &id]).stdout).contains("P \".git\""));
+    assert_eq!(read(own.path(), ".git/config").as_deref(), Some("ours\n"));
+}
+
+/// Links that somebody put in the way since lead a commit nowhere, and links in the changes are not followed.
+#[test]
+fn no_link_leads_a_commit_out() {
+    let daemon = Daemon::start();
+    let (own, outside) = (workspace(), folder_of(ADA));
+    fs::write(outside.path().join("a"), "outside\n").expect("a file");
+    let id = change(&daemon, own.path(), "echo evil > src/a; ln -s /etc/passwd passwd; ln -s ../.. up");
+    fs::remove_dir_all(own.path().join("src")).expect("it goes");
+    std::os::unix::fs::symlink(outside.path(), own.path().join("src")).expect("a link");
+    let commit = ask(&daemon, ADA, &["commit", &id]);
+    assert!(
+        !commit.status.success() && text(&commit.stderr).contains("what is held stays"),
+        "{}",
+        text(&commit.stderr)
+    );
+    assert_eq!(read(outside.path(), "a").as_deref(), Some("outside\n"), "the link was not followed");
+    assert_eq!(listing(outside.path()).len(), 1);
+    fs::remove_file(own.path().join("src")).expect("it goes");
+    let commit = ask(&daemon, ADA, &["commit", &id]);
+    assert!(commit.status.success(), "{}", text(&commit.stderr));
+    assert_eq!(read(own.path(), "src/a").as_deref(), Some("evil\n"));
+}
+
+/// Deep, wide, and named to deceive: shown escaped, committed or refused with a reason, and removed in any case.
+#[test]
+fn strange_trees_hold_nobody_up() {
+    let daemon = Daemon::start();
+    let own = workspace();
+    let script = "python3 - <<'X'
+import os
+os.mkdir('name\\n\\x1b[31m\\u202e')
+open('name\\n\\x1b[31m\\u202e/\\udcff', 'w').write('x')
+os.mkdir('closed'); open('closed/x', 'w').write('x'); os.chmod('closed', 0)
+for n in range(2000): open('w%d' % n, 'w').close()
+os.mkdir('deep'); os.chdir('deep')
+for n in range(2500): os.mkdir('down'); os.chdir('down')
+X";
+    let id = change(&daemon, own.path(), script);
+    let diff = ask(&daemon, ADA, &["diff", &id]);
+    let all = [diff.stdout.as_slice(), &diff.stderr].concat();
+    let control = |byte: &u8| byte.is_ascii_control() && *byte != b'\n';
+    assert!(!all.iter().any(control) && !text(&all).contains('\u{202e}'), "a terminal is told nothing");
+    assert!(!diff.status.success(), "longer than any path can be: {}", text(&diff.stderr));
+    assert!(ask(&daemon, ADA, &["discard", &id]).status.success());
+    assert_eq!(fs::read_dir(daemon.state().join("changes")).expect("a directory").count(), 0);
+    let id = change(
+        &daemon,
+        own.path(),
+        "mkdir \"$(printf 'a\\nb\\033c')\"; echo x > \"$(printf 'a\\nb\\033c/d')\"; chmod 000 src",
+    );
+    let commit = ask(&daemon, ADA, &["commit", &id]);
+    assert!(
+        !commit.status.success() && text(&commit.stderr).contains("src"),
+        "it cannot be read: {}",
+        text(&commit.stderr)
+    );
+    assert!(ask(&daemon, ADA, &["discard", &id]).status.success());
+}
+
+/// A sandbox that lives shows its changes, and they are not thrown away under it.
+#[test]
+fn the_changes_of_a_sandbox_that_lives_are_shown_and_stay() {
+    let daemon = Daemon::start();
+    let own = folder_of(0);
+    fs::write(own.path().join("a"), "one\n").expect("a file");
+    let peer = Peer::new(&daemon);
+    let (id, handle) = peer.provision_as(Some(own.path()), "cow");
+    peer.execute(&handle, "one", "echo two > a; echo b > b");
+    assert_eq!(text(&ask(&daemon, 0, &["diff", &id]).stdout), "M \"a\"\nA \"b\"\n");
+    let discard = ask(&daemon, 0, &["discard", &id]);
+    assert!(text(&discard.stderr).contains("denied (lives)"), "{}", text(&discard.stderr));
+    drop(handle);
+    assert!(within(Duration::from_secs(2), || daemon.list(0).is_empty()));
+    assert!(ask(&daemon, 0, &["commit", &id]).status.success());
+    assert_eq!(
+        (read(own.path(), "a").as_deref(), read(own.path(), "b").as_deref()),
+        (Some("two\n"), Some("b\n"))
+    );
+}
+
+/// What is handed over cannot be written, leads nowhere else, and another user's files in it are nobody's.
+#[test]
+fn what_is_handed_over_is_read_only_and_leads_nowhere() {
+    let daemon = Daemon::start();
+    let own = folder_of(0);
+    let peer = Peer::new(&daemon);
+    let (id, handle) = peer.provision_as(Some(own.path()), "cow");
+    peer.execute(&handle, "one", "echo b > b");
+    peer.send("Changes", &json!({ "sandbox": id }), false, &[]);
+    let (reply, mut descriptors) = peer.reply();
+    assert!(reply["error"].is_null(), "{reply}");
+    let changes = descriptors.remove(0);
+    use rustix::fs::{Mode, OFlags, openat};
+    let made = openat(&changes, "new", OFlags::CREATE | OFlags::WRONLY, Mode::RWXU);
+    assert_eq!(made.err(), Some(rustix::io::Errno::ROFS));
+    let up = openat(&changes, "..", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())
+        .expect("the root of the mount");
+    let inode = |fd: &std::os::fd::OwnedFd| rustix::fs::fstat(fd).map(|found| (found.st_dev, found.st_ino));
+    assert_eq!(inode(&up).ok(), inode(&changes).ok(), "`..` stays in it");
+}
