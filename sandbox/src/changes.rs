@@ -32,7 +32,9 @@ fn make(place: &Path, uid: u32, mode: Mode) -> io::Result<()> {
         .create(place)?;
     let folder = crate::host::open_directory(place)?;
     mkdirat(&folder, WORK, Mode::RWXU)?;
-    mkdirat(&folder, FILES, mode)?;
+    mkdirat(&folder, FILES, Mode::RWXU)?;
+    // Whatever the mask.
+    rustix::fs::chmodat(&folder, FILES, mode, AtFlags::empty())?;
     let owner = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)));
     Ok(chownat(&folder, FILES, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)?)
 }

@@ -14,7 +14,7 @@ mod supervisor;
 use std::fs::DirBuilder;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
@@ -51,7 +51,9 @@ fn launch(config: Config) -> io::Result<()> {
     }
     // The state directory is root's, so that the core, which comes through, can put nothing else in the place of a part.
     let (state, record) = (&config.server.state, config.server.record());
-    named(state, DirBuilder::new().recursive(true).mode(0o711).create(state))?;
+    named(state, DirBuilder::new().recursive(true).create(state))?;
+    // Whatever the mask: the core comes through.
+    named(state, std::fs::set_permissions(state, std::fs::Permissions::from_mode(0o711)))?;
     named(state, chown(state, Some(Uid::from_raw(0)), Some(Gid::from_raw(0))).map_err(Into::into))?;
     named(state, changes::prepare(state))?;
     named(&record, DirBuilder::new().recursive(true).mode(0o700).create(&record))?;
