@@ -271,7 +271,7 @@ pub fn diff(socket: &Path, id: Option<&str>, workspace: Option<PathBuf>, json: b
 
 /// What is held at all.
 fn list(socket: &Path, json: bool) -> ExitCode {
-    exit(call::<AllHeld>(socket, "Held", &serde_json::json!({})).map(|AllHeld { held }| {
+    exit(call::<AllHeld>(socket, "ListChanges", &serde_json::json!({})).map(|AllHeld { held }| {
         if json {
             return say::tame(&serde_json::to_string_pretty(&held).unwrap_or_default()) + "\n";
         }

@@ -262,7 +262,7 @@ pub struct Shown {
     pub directory: usize,
 }
 
-/// A reply to `Held`.
+/// A reply to `ListChanges`.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct AllHeld {
     /// All of the caller's.

@@ -31,6 +31,16 @@ check "the core is nobody's" "grep -q 'Uid:.1912602624' /proc/\$(core)/status"
 check "the core has no capability" "grep -q 'CapEff:.0000000000000000' /proc/\$(core)/status && grep -q 'CapBnd:.0000000000000000' /proc/\$(core)/status"
 check "embedded is refused to the user" "! as broker exec --embedded -- true"
 check "the user's workspace" "(cd /srv/work && as broker exec --policy $policy --workspace /srv/work -- sh -c 'echo x > made') && [ \$(stat -c %u /srv/work/made) = 1500 ]"
+check "the roles are there, each its own user" "grep -q 'Uid:.1912602625' /proc/\$(pgrep -f 'role vault')/status && grep -q 'Uid:.1912602626' /proc/\$(pgrep -f 'role resolver')/status"
+if [ "$(stat -f -c %T /var/lib)" = overlayfs ]; then
+    cannot "a workspace of mode cow" "/var/lib is on an overlay here, which cannot be the upper layer of another"
+else
+    (cd /srv/work && as broker exec --policy $policy --workspace /srv/work:cow -- sh -c 'echo changed > made; echo y > new') > /tmp/cow 2>&1
+    id=$(sed -nE 's/.*broker diff ([0-9a-f-]+).*/\1/p' /tmp/cow)
+    check "a workspace of mode cow stays as it was" "cat /tmp/cow; [ -n '$id' ] && [ \$(cat /srv/work/made) = x ] && [ ! -e /srv/work/new ]"
+    check "what was changed in it can be seen, and by its owner alone" "as broker diff $id | grep -qx 'M \"made\"' && ! stranger broker diff $id"
+    check "and committed" "as broker commit $id && [ \$(cat /srv/work/made) = changed ] && [ \$(stat -c %u /srv/work/new) = 1500 ]"
+fi
 check "a policy that is not granted is refused" "! as broker exec --policy build -- true"
 check "a user who is not named is refused" "(cd / && ! stranger broker exec --policy $policy -- true)"
 if [ $policy = default ]; then

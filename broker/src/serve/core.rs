@@ -193,7 +193,7 @@ impl Core {
             (INTERFACE, "Inspect") => self.inspect(connection, asker, parameters(&call)?).await,
             (INTERFACE, "Signal") => self.signal(connection, asker, parameters(&call)?).await,
             (INTERFACE, "Kill") => self.kill(connection, asker, parameters(&call)?).await,
-            (INTERFACE, "Held") => self.held(connection, asker).await,
+            (INTERFACE, "ListChanges") => self.list_changes(connection, asker).await,
             (INTERFACE, "Changes") => self.changes(connection, asker, parameters(&call)?).await,
             (INTERFACE, "Discard") => self.discard(connection, asker, parameters(&call)?).await,
             (INTERFACE, "Metrics") => self.measured(connection, asker).await,

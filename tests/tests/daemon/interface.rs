@@ -143,7 +143,7 @@ fn the_service_describes_itself() {
                     "Inspect",
                     "Signal",
                     "Kill",
-                    "Held",
+                    "ListChanges",
                     "Changes",
                     "Discard",
                     "Metrics",

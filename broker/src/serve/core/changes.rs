@@ -32,8 +32,8 @@ impl Core {
         Ok(())
     }
 
-    /// `Held`
-    pub(super) async fn held(&self, connection: &Connection, asker: &Asker) -> Result<(), End> {
+    /// `ListChanges`
+    pub(super) async fn list_changes(&self, connection: &Connection, asker: &Asker) -> Result<(), End> {
         let held = self.table().held.values().filter(|held| owns(asker, held)).cloned().collect();
         connection.reply(AllHeld { held }, false).await
     }
