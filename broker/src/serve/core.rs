@@ -5,6 +5,7 @@ mod askers;
 mod changes;
 mod decide;
 mod denials;
+mod effects;
 mod holders;
 mod lives;
 mod operate;

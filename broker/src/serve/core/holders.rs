@@ -5,11 +5,12 @@ use std::sync::{Arc, PoisonError};
 
 use rustix::net::{RecvFlags, SendFlags};
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::sync::{RwLockReadGuard, watch};
 
 use super::askers::{Asker, Principal};
 use super::decide::{all_named, name_of};
 use super::lives::Live;
+use super::operate::no_such;
 use super::{Core, not_started};
 use crate::connection::{Connection, End, Foreign};
 use crate::protocol::{Code, Denial, HandOver, INTERFACE, Taking};
@@ -42,6 +43,16 @@ impl Holder {
             _ => {}
         }
     }
+}
+
+/// Why there is no sandbox to execute in.
+pub(super) enum Missing {
+    /// The descriptor is no handle of one that lives.
+    Handle(usize),
+    /// There is none of that name, or it is another's.
+    Sandbox(String),
+    /// Neither or both were named.
+    Name,
 }
 
 /// How often a sandbox began again; the end of counting when it has ended.
@@ -107,12 +118,54 @@ impl Core {
         if owned { self.live_named(id) } else { None }
     }
 
-    /// Makes the asker the principal of the sandbox, if it is not.
-    pub(super) async fn take_over(&self, live: &Live, asker: &Asker) -> Result<(), FromSupervisor> {
+    /// The sandbox that is named by its handle or, one's own, by its name.
+    pub(super) fn named_live(
+        &self,
+        asker: &Asker,
+        handle: Option<usize>,
+        sandbox: Option<String>,
+        descriptors: &[Foreign],
+    ) -> Result<Arc<Live>, Missing> {
+        match (handle, sandbox) {
+            (Some(handle), None) => self.live_held(&descriptors[handle]).ok_or(Missing::Handle(handle)),
+            (None, Some(id)) => self.live_owned(asker, &id).ok_or(Missing::Sandbox(id)),
+            _ => Err(Missing::Name),
+        }
+    }
+
+    pub(super) async fn missing(
+        &self,
+        connection: &Connection,
+        asker: &Asker,
+        missing: Missing,
+    ) -> Result<(), End> {
+        match missing {
+            Missing::Handle(handle) => {
+                connection.error(format!("{INTERFACE}.NoSuchHandle"), json!({ "handle": handle })).await
+            }
+            Missing::Sandbox(id) => no_such(connection, &id).await,
+            Missing::Name => {
+                let message = "either a handle or a sandbox of one's own is named";
+                self.deny(connection, asker, "Execute", Denial::new(Code::Descriptor, message)).await
+            }
+        }
+    }
+
+    /// Makes the asker the principal of the sandbox, if it is not. Nobody else becomes it while what is returned is held.
+    pub(super) async fn take_over<'a>(
+        &self,
+        live: &'a Live,
+        asker: &Asker,
+    ) -> Result<RwLockReadGuard<'a, Holder>, FromSupervisor> {
         let principal = asker.principal();
-        let mut holder = live.holder.lock().await;
+        let holder = live.holder.read().await;
         if holder.principal == principal {
-            return Ok(());
+            return Ok(holder);
+        }
+        drop(holder);
+        let mut holder = live.holder.write().await;
+        if holder.principal == principal {
+            return Ok(holder.downgrade());
         }
         let event = |kind: &str| {
             let mut event = asker.event(kind);
@@ -132,7 +185,7 @@ impl Core {
             return Err(denied());
         }
         *holder = Holder::new(principal);
-        Ok(())
+        Ok(holder.downgrade())
     }
 
     /// `HandOver`: how the next principal gets it.
@@ -149,7 +202,7 @@ impl Core {
         let Some(live) = self.live_held(&descriptors[handle]) else {
             return connection.error(format!("{INTERFACE}.NoSuchHandle"), json!({ "handle": handle })).await;
         };
-        let mut holder = live.holder.lock().await;
+        let mut holder = live.holder.write().await;
         if holder.principal != asker.principal() {
             let denial =
                 Denial::new(Code::NotYours, "another principal holds it; only that one says how it goes on");

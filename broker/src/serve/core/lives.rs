@@ -1,35 +1,27 @@
 //! Sandboxes that live: made by `Provision`, used by `Execute` by whoever holds the handle, ended with its last copy.
 //! Who may use one, and what becomes of it on the way to another, is in [`super::holders`].
 
-use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use rustix::net::{RecvFlags, SendFlags};
 use serde_json::{Value, json};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
-use tokio::sync::watch;
+use tokio::sync::{RwLock, watch};
 
 use super::askers::{Asker, Principal};
 use super::decide::{all_named, all_pipes, is_lendable, may_use, name_of};
+use super::effects::{Asked, Effects};
 use super::holders::{Holder, Renewals};
-use super::operate::no_such;
 use super::{Core, hear_supervisor, not_started, packets};
 use crate::connection::{Connection, End, Foreign};
-use crate::protocol::{
-    Code, Denial, Execute, Executed, INTERFACE, Progress, Provision, Provisioned, Run, Running, Sandbox,
-    Streams,
-};
+use crate::protocol::{Denial, Execute, Executed, Progress, Provision, Provisioned, Run, Sandbox, Streams};
 use crate::serve::audit::{self, bounded};
-use crate::serve::inner::{FromSupervisor, Kind, Start, ToLauncher, ToSupervisor, channel, send};
+use crate::serve::inner::{FromSupervisor, Kind, ToLauncher, ToSupervisor, channel, send};
 use crate::serve::metrics::Begun;
-
-/// The longest name of an effect, in bytes, and how many a sandbox remembers.
-const EFFECT_BYTES_MAX: usize = 128;
-const EFFECTS_MAX: usize = 100_000;
 
 /// A sandbox that waits for commands.
 pub struct Live {
@@ -37,97 +29,15 @@ pub struct Live {
     channel: UnixStream,
     /// Our end of the handle; the others are the callers'.
     pub(super) handle: UnixStream,
-    effects: Mutex<Effects>,
+    pub(super) effects: Effects,
     /// One who proves holding it at a time.
     pub(super) proof: Mutex<()>,
-    /// Whose it is; one who takes it over at a time.
-    pub(super) holder: tokio::sync::Mutex<Holder>,
+    /// Whose it is, and stays while an order is given.
+    pub(super) holder: RwLock<Holder>,
     pub(super) renewals: Renewals,
 }
 
-/// Those of a sandbox, by name and by number.
-#[derive(Default)]
-struct Effects {
-    by_name: BTreeMap<String, Effect>,
-    names: BTreeMap<u32, String>,
-}
-
-impl Effects {
-    /// What the record says of them.
-    fn follow(&mut self, event: &Value) {
-        let name = event["effect"].as_str().unwrap_or_default();
-        let number = event["number"].as_u64().and_then(|number| u32::try_from(number).ok());
-        match (event["kind"].as_str(), number) {
-            (Some("execute"), Some(number)) => {
-                self.insert(name.to_owned(), Effect { number, outcome: watch::channel(None).0 });
-            }
-            (Some("executed"), _) => {
-                if let Some(effect) = self.by_name.get(name) {
-                    effect.outcome.send_replace(Some(event["outcome"].clone()));
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn insert(&mut self, name: String, effect: Effect) {
-        self.names.insert(effect.number, name.clone());
-        self.by_name.insert(name, effect);
-    }
-}
-
-/// What was asked for under one name.
-struct Effect {
-    number: u32,
-    /// The outcome, once there is one.
-    outcome: watch::Sender<Option<Value>>,
-}
-
 impl Live {
-    /// The number of the effect, and what there is of an outcome; and whether it is new.
-    fn effect(&self, name: &str) -> Result<(u32, watch::Receiver<Option<Value>>, bool), Denial> {
-        let mut effects = self.effects();
-        if let Some(effect) = effects.by_name.get(name) {
-            return Ok((effect.number, effect.outcome.subscribe(), false));
-        }
-        if effects.by_name.len() >= EFFECTS_MAX {
-            return Err(Denial::new(
-                Code::TooMany,
-                format!("{EFFECTS_MAX} commands were run in this sandbox already"),
-            ));
-        }
-        let number = effects.names.last_key_value().map_or(0, |(last, _)| *last) + 1;
-        let (outcome, heard) = watch::channel(None);
-        effects.insert(name.to_owned(), Effect { number, outcome });
-        Ok((number, heard, true))
-    }
-
-    /// What has been begun and has not ended.
-    pub(super) fn running(&self) -> Vec<Running> {
-        let effects = self.effects();
-        let under_way = effects.by_name.iter().filter(|(_, effect)| effect.outcome.borrow().is_none());
-        under_way.map(|(name, _)| Running { effect: name.clone() }).collect()
-    }
-
-    pub(super) fn number_of(&self, effect: &str) -> Option<u32> {
-        self.effects().by_name.get(effect).map(|effect| effect.number)
-    }
-
-    fn forget(&self, name: &str) {
-        let mut effects = self.effects();
-        if let Some(effect) = effects.by_name.remove(name) {
-            effects.names.remove(&effect.number);
-        }
-    }
-
-    /// Notes how a command ended; the effect's name, where that was not known.
-    fn ended(&self, number: u32, outcome: &Value) -> Option<String> {
-        let effects = self.effects();
-        let name = effects.names.get(&number)?;
-        let before = effects.by_name.get(name)?.outcome.send_replace(Some(outcome.clone()));
-        before.is_none().then(|| name.clone())
-    }
-
     pub(super) async fn tell(
         &self,
         message: &ToSupervisor,
@@ -135,10 +45,6 @@ impl Live {
     ) -> io::Result<()> {
         let send = || send(&self.channel, message, descriptors, SendFlags::DONTWAIT);
         self.channel.async_io(Interest::WRITABLE, send).await
-    }
-
-    fn effects(&self) -> MutexGuard<'_, Effects> {
-        self.effects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns when the last copy of the handle is closed, or somebody writes into it, which nobody has to.
@@ -195,13 +101,7 @@ impl Core {
                 self.assign(warm, sandbox, kind, Some(ours.as_fd()), &first, &[]).await
             }
             None => {
-                let process = run.workspace.as_ref().and_then(|_| asker.process(connection));
-                let position = process.as_ref().map(|_| descriptors.len());
-                let start = Start { sandbox, peer: asker.peer.into(), run, kind, process: position };
-                let process = process.as_deref().map(AsFd::as_fd);
-                let request = descriptors.iter().map(AsFd::as_fd).chain(process);
-                let given: Vec<_> = std::iter::once(ours.as_fd()).chain(request).collect();
-                self.start(start, &given).await.and_then(packets)
+                self.start_for(connection, asker, sandbox, run, kind, Some(ours.as_fd()), &descriptors).await
             }
         };
         drop(descriptors);
@@ -244,7 +144,7 @@ impl Core {
     ) {
         let id = sandbox.id.clone();
         let first = Principal { uid: sandbox.uid, session: sandbox.session.clone() };
-        let (mut effects, mut holder) = (Effects::default(), Holder::new(first));
+        let (effects, mut holder) = (Effects::default(), Holder::new(first));
         // The record was verified when this process began.
         let _ = audit::of_sandbox(&self.config.server.record(), &id, sandbox.started_ms, |event| {
             effects.follow(event);
@@ -279,7 +179,7 @@ impl Core {
                 }
             };
             core.table().lives.remove(&name);
-            *live.effects() = Effects::default();
+            live.effects.end();
             live.renewals.no_more();
             core.finish(&live.id, &ended).await;
         });
@@ -287,7 +187,7 @@ impl Core {
 
     /// Who waits hears of it at once: until it is recorded the supervisor keeps it, for a core that comes after this one.
     fn note_end(self: &Arc<Self>, live: &Arc<Live>, number: u32, outcome: Value) {
-        let event = live.ended(number, &outcome).map(
+        let event = live.effects.ended(number, &outcome).map(
             |effect| json!({ "kind": "executed", "sandbox": live.id, "effect": effect, "outcome": outcome }),
         );
         let (core, live) = (Arc::clone(self), Arc::clone(live));
@@ -314,33 +214,19 @@ impl Core {
         let Execute { handle, sandbox, effect, command, environment, path, streams } = wish;
         let streams = streams.each();
         let named: Vec<usize> = streams.iter().flatten().copied().chain(handle).collect();
-        let allowed = all_named(&named, &descriptors)
-            .and_then(|()| all_pipes(&streams, &descriptors))
-            .and_then(|()| is_name(&effect));
+        let allowed = all_named(&named, &descriptors).and_then(|()| all_pipes(&streams, &descriptors));
         if let Err(denial) = allowed {
             return self.deny(connection, asker, "Execute", denial).await;
         }
-        let live = match (handle, sandbox) {
-            (Some(handle), None) => match self.live_held(&descriptors[handle]) {
-                Some(live) => live,
-                None => {
-                    drop(descriptors);
-                    let parameters = json!({ "handle": handle });
-                    return connection.error(format!("{INTERFACE}.NoSuchHandle"), parameters).await;
-                }
-            },
-            (None, Some(id)) => match self.live_owned(asker, &id) {
-                Some(live) => live,
-                None => return no_such(connection, &id).await,
-            },
-            _ => {
-                let denial =
-                    Denial::new(Code::Descriptor, "either a handle or a sandbox of one's own is named");
-                return self.deny(connection, asker, "Execute", denial).await;
+        let live = match self.named_live(asker, handle, sandbox, &descriptors) {
+            Ok(live) => live,
+            Err(missing) => {
+                drop(descriptors);
+                return self.missing(connection, asker, missing).await;
             }
         };
-        let (number, heard, is_new) = match live.effect(&effect) {
-            Ok(found) => found,
+        let Asked { number, heard, is_new } = match live.effects.ask(&effect) {
+            Ok(asked) => asked,
             Err(denial) => return self.deny(connection, asker, "Execute", denial).await,
         };
         if !is_new {
@@ -349,20 +235,26 @@ impl Core {
             let state = if outcome.is_some() { Progress::Finished } else { Progress::Running };
             return connection.reply(Executed { sandbox: live.id.clone(), state, outcome }, false).await;
         }
-        if let Err(why) = self.take_over(&live, asker).await {
-            live.forget(&effect);
-            return match why {
-                FromSupervisor::Denied { denial } => self.deny(connection, asker, "Execute", denial).await,
-                ended => self.not_started(connection, ended).await,
-            };
-        }
+        // Nobody else takes it over until the order is given.
+        let holding = match self.take_over(&live, asker).await {
+            Ok(holding) => holding,
+            Err(why) => {
+                live.effects.forget(&effect);
+                return match why {
+                    FromSupervisor::Denied { denial } => {
+                        self.deny(connection, asker, "Execute", denial).await
+                    }
+                    ended => self.not_started(connection, ended).await,
+                };
+            }
+        };
         let mut event = asker.event("execute");
         event["sandbox"] = live.id.as_str().into();
         event["effect"] = effect.as_str().into();
         event["number"] = number.into();
         event["command"] = command.iter().map(|word| bounded(word)).take(64).collect();
         if !self.audit.record(event).await {
-            live.forget(&effect);
+            live.effects.forget(&effect);
             return self.deny(connection, asker, "Execute", Denial::not_recorded()).await;
         }
         self.metrics.begun(Begun::Execute);
@@ -375,7 +267,7 @@ impl Core {
             streams: streams.map(|stream| stream.is_some()),
         };
         let told = live.tell(&order, &given).await;
-        drop(descriptors);
+        drop((holding, descriptors));
         if let Err(error) = told {
             // Its words are too long together, or the supervisor is gone: it was not begun, and that is how it ended.
             let outcome = json!({ "kind": "setup_failed", "step": "command", "message": error.to_string() });
@@ -416,18 +308,10 @@ impl Live {
             id,
             channel,
             handle,
-            effects: Mutex::new(effects),
+            effects,
             proof: Mutex::new(()),
-            holder: tokio::sync::Mutex::new(holder),
+            holder: RwLock::new(holder),
             renewals: Renewals::default(),
         }
     }
-}
-
-fn is_name(effect: &str) -> Result<(), Denial> {
-    if (1..=EFFECT_BYTES_MAX).contains(&effect.len()) {
-        return Ok(());
-    }
-    let message = format!("an effect's name has 1 to {EFFECT_BYTES_MAX} bytes");
-    Err(Denial::new(Code::NotNarrower, message))
 }

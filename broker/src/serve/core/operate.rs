@@ -29,7 +29,7 @@ impl Core {
         let Some(found) = self.known(asker, &sandbox, Verb::List) else {
             return no_such(connection, &sandbox).await;
         };
-        let running = self.live_named(&sandbox).map(|live| live.running()).unwrap_or_default();
+        let running = self.live_named(&sandbox).map(|live| live.effects.running()).unwrap_or_default();
         connection.reply(Inspected { sandbox: found, running }, false).await
     }
 
@@ -52,7 +52,7 @@ impl Core {
         match (self.live_named(&sandbox), effect) {
             (Some(live), Some(effect)) => {
                 // A command that has ended hears nothing more.
-                if let Some(number) = live.number_of(&effect) {
+                if let Some(number) = live.effects.number_of(&effect) {
                     let _ = live.tell(&ToSupervisor::Signal { number, signal }, &[]).await;
                 }
             }

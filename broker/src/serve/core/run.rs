@@ -1,7 +1,7 @@
 //! `Run`: one command in a sandbox of its own. [`Core::run`] tells the story.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use serde_json::json;
@@ -48,15 +48,7 @@ impl Core {
         self.metrics.begun(Begun::Run);
         let started = match warm {
             Some(warm) => self.use_warm(warm, sandbox, run, &descriptors).await,
-            None => {
-                let process = run.workspace.as_ref().and_then(|_| asker.process(connection));
-                let position = process.as_ref().map(|_| descriptors.len());
-                let start =
-                    Start { sandbox, peer: asker.peer.into(), run, kind: Kind::Run, process: position };
-                let process = process.as_deref().map(AsFd::as_fd);
-                let given: Vec<_> = descriptors.iter().map(AsFd::as_fd).chain(process).collect();
-                self.start(start, &given).await.and_then(packets)
-            }
+            None => self.start_for(connection, asker, sandbox, run, Kind::Run, None, &descriptors).await,
         };
         let ended = match started {
             Ok(channel) => {
@@ -85,6 +77,27 @@ impl Core {
             FromSupervisor::Denied { denial } => self.deny(connection, asker, "Run", denial).await,
             ended => self.not_started(connection, ended).await,
         }
+    }
+
+    /// Has the launcher start one, with the caller's descriptors; the line to its supervisor.
+    #[allow(clippy::too_many_arguments, reason = "who asks, for what, and with which descriptors")]
+    pub(super) async fn start_for(
+        &self,
+        connection: &Connection,
+        asker: &Asker,
+        sandbox: Sandbox,
+        run: Run,
+        kind: Kind,
+        cores_handle: Option<BorrowedFd<'_>>,
+        descriptors: &[Foreign],
+    ) -> io::Result<UnixStream> {
+        let process = run.workspace.as_ref().and_then(|_| asker.process(connection));
+        let position = process.as_ref().map(|_| descriptors.len());
+        let start = Start { sandbox, peer: asker.peer.into(), run, kind, process: position };
+        let process = process.as_deref().map(AsFd::as_fd);
+        let given: Vec<_> =
+            cores_handle.into_iter().chain(descriptors.iter().map(AsFd::as_fd)).chain(process).collect();
+        self.start(start, &given).await.and_then(packets)
     }
 
     /// Has one that was made ahead run its only command.
