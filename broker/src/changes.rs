@@ -67,6 +67,8 @@ struct Change {
 /// The changes, and the workspace as the caller sees it.
 struct Both {
     held: Held,
+    /// The sandbox may go on changing them.
+    lives: bool,
     changes: OwnedFd,
     workspace: OwnedFd,
 }
@@ -80,7 +82,7 @@ impl Both {
         let path = workspace.unwrap_or_else(|| PathBuf::from(&shown.held.workspace));
         let workspace =
             crate::through_daemon::open(&path, OFlags::RDONLY).map_err(|error| error.to_string())?;
-        Ok(Both { held: shown.held, changes, workspace })
+        Ok(Both { held: shown.held, lives: shown.lives, changes, workspace })
     }
 
     /// Every change, parents before what is below them.
@@ -116,8 +118,9 @@ impl Both {
         let deleted = is_whiteout(&new);
         let directory = kind.is_dir();
         let opaque = directory && is_opaque(&folder, name)?;
-        let replaces = old == Some(FileType::Directory) && (!directory || opaque);
-        let judged = if self.is_protected(below, replaces) {
+        // What leads to a protected path has to be the directory that it was, or a new one: a link would lead to another.
+        let leads_elsewhere = !directory || old == Some(FileType::Directory) && opaque;
+        let judged = if self.is_protected(below, leads_elsewhere) {
             Kind::Protected
         } else if deleted {
             Kind::Deleted
@@ -138,13 +141,13 @@ impl Both {
         })
     }
 
-    /// A protected path, what is below one, and what one is below where that would go.
-    fn is_protected(&self, below: &Path, replaces: bool) -> bool {
+    /// A protected path, what is below one, and what one is below where that would lead elsewhere.
+    fn is_protected(&self, below: &Path, leads_elsewhere: bool) -> bool {
         self.held
             .protect
             .iter()
             .map(Path::new)
-            .any(|protected| below.starts_with(protected) || replaces && protected.starts_with(below))
+            .any(|protected| below.starts_with(protected) || leads_elsewhere && protected.starts_with(below))
     }
 
     /// Makes one change in the workspace.
@@ -283,6 +286,9 @@ fn list(socket: &Path, json: bool) -> ExitCode {
 /// `broker commit`
 pub fn commit(socket: &Path, id: &str, workspace: Option<PathBuf>) -> ExitCode {
     exit(Both::open(socket, id, workspace).and_then(|both| {
+        if both.lives {
+            return Err(format!("the sandbox {id} lives, and goes on changing them; end it first: `broker kill {id}`"));
+        }
         let changes = both.list()?;
         let (refused, wanted): (Vec<_>, Vec<_>) =
             changes.into_iter().partition(|change| matches!(change.kind, Kind::Special | Kind::Protected));

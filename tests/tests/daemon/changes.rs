@@ -161,6 +161,67 @@ fn what_is_protected_or_special_is_not_committed() {
     assert_eq!(read(own.path(), ".git/config").as_deref(), Some("ours\n"));
 }
 
+/// A repository that was not there may come with a commit; a link or a file that says where another one is, may not.
+#[test]
+fn nothing_leads_to_another_repository() {
+    let daemon = Daemon::start();
+    for way in ["ln -s evil .git", "echo 'gitdir: evil' > .git", "mkdir .git; echo ../evil > .git/commondir"]
+    {
+        let own = folder_of(ADA);
+        let script = format!("mkdir -p evil/hooks; echo evil > evil/config; {way}; echo fine > fine");
+        let id = change(&daemon, own.path(), &script);
+        let commit = ask(&daemon, ADA, &["commit", &id]);
+        assert!(
+            text(&commit.stdout).lines().any(|line| line.starts_with("P \".git")),
+            "{way}: {}",
+            text(&commit.stdout)
+        );
+        let found = own.path().join(".git");
+        assert!(!found.is_symlink() && !found.is_file() && !found.join("commondir").exists(), "{way}");
+        assert_eq!(read(own.path(), "fine").as_deref(), Some("fine\n"));
+        assert!(ask(&daemon, ADA, &["discard", &id]).status.success());
+    }
+}
+
+/// Marks that mean something to an overlay are the kernel's alone.
+#[test]
+fn marks_of_the_overlay_cannot_be_forged() {
+    let daemon = Daemon::start();
+    let own = workspace();
+    let script = "import os, errno
+for name in ('opaque', 'whiteout', 'redirect', 'metacopy', 'origin', 'upper'):
+    for path in ('src', 'src/a'):
+        try: os.setxattr(path, 'user.overlay.' + name, b'y')
+        except OSError as error: assert error.errno in (errno.EPERM, errno.EOPNOTSUPP), error
+print(sorted(os.listdir('src')), open('src/a').read())";
+    let wish = format!("{}:cow", own.path().display());
+    let output = daemon.exec(ADA, &["--workspace", &wish], &["python3", "-c", script]);
+    assert_eq!(text(&output.stdout), "['a', 'deep'] one\n\n", "{}", text(&output.stderr));
+    let said = text(&output.stderr);
+    let id = said.split("broker diff ").nth(1).and_then(|rest| rest.split('`').next()).unwrap_or_default();
+    let diff = text(&ask(&daemon, ADA, &["diff", id]).stdout);
+    assert!(diff.is_empty() || diff == "M \"src/a\"\n", "no directory became another: {diff}");
+    // The same marks in the lent directory, from an earlier run, lead nowhere either.
+    let mut python = Command::new("python3");
+    let forge = "import os; os.setxattr('src/a', 'user.overlay.metacopy', b''); os.setxattr('src/a', 'user.overlay.redirect', b'/../../etc/passwd'); \
+        os.setxattr('src', 'user.overlay.redirect', b'/gone')";
+    assert!(
+        python
+            .args(["-c", forge])
+            .current_dir(own.path())
+            .uid(ADA)
+            .gid(ADA)
+            .status()
+            .expect("it runs")
+            .success()
+    );
+    let output =
+        daemon.exec(ADA, &["--workspace", &wish], &["sh", "-c", "cat src/a; ls src; ls /workspace/gone"]);
+    // The kernel refuses to read what says that its content is elsewhere.
+    assert_eq!(text(&output.stdout), "a\ndeep\nx\n", "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("Operation not permitted"));
+}
+
 /// Links that somebody put in the way since lead a commit nowhere, and links in the changes are not followed.
 #[test]
 fn no_link_leads_a_commit_out() {
@@ -230,6 +291,9 @@ fn the_changes_of_a_sandbox_that_lives_are_shown_and_stay() {
     let (id, handle) = peer.provision_as(Some(own.path()), "cow");
     peer.execute(&handle, "one", "echo two > a; echo b > b");
     assert_eq!(text(&ask(&daemon, 0, &["diff", &id]).stdout), "M \"a\"\nA \"b\"\n");
+    let commit = ask(&daemon, 0, &["commit", &id]);
+    assert!(text(&commit.stderr).contains("lives"), "{}", text(&commit.stderr));
+    assert_eq!(read(own.path(), "a").as_deref(), Some("one\n"));
     let discard = ask(&daemon, 0, &["discard", &id]);
     assert!(text(&discard.stderr).contains("denied (lives)"), "{}", text(&discard.stderr));
     drop(handle);

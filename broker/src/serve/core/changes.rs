@@ -52,7 +52,10 @@ impl Core {
             return self.deny(connection, asker, "Changes", Denial::not_recorded()).await;
         }
         match self.errand(&sandbox, Errand::Show).await {
-            Ok(Some(directory)) => connection.hand_over(Shown { held, directory: 0 }, directory).await,
+            Ok(Some(directory)) => {
+                let lives = self.table().sandboxes.contains_key(&sandbox);
+                connection.hand_over(Shown { held, lives, directory: 0 }, directory).await
+            }
             Ok(None) => Err(End::Failed),
             Err(message) => self.failed(connection, message).await,
         }
