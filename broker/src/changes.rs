@@ -34,6 +34,8 @@ enum Kind {
     Special,
     /// The policy protects it.
     Protected,
+    /// It was changed in the workspace too, since.
+    Conflict,
 }
 
 impl Kind {
@@ -44,6 +46,7 @@ impl Kind {
             Kind::Deleted => 'D',
             Kind::Special => '!',
             Kind::Protected => 'P',
+            Kind::Conflict => 'C',
         }
     }
 }
@@ -62,6 +65,15 @@ struct Change {
     /// A directory that has nothing in common with the one in the workspace.
     #[serde(skip)]
     opaque: bool,
+}
+
+/// What becomes of what was changed in the workspace too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Conflicts {
+    /// It stays as it is there.
+    Keep,
+    /// It is overwritten.
+    Overwrite,
 }
 
 /// The changes, and the workspace as the caller sees it.
@@ -113,6 +125,11 @@ impl Both {
         let new = statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW)?;
         let old = parent(&self.workspace, below)
             .and_then(|(folder, name)| Ok(statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?));
+        let since = |old: &Stat| {
+            let changed = i128::from(old.st_ctime) * 1000 + i128::from(old.st_ctime_nsec) / 1_000_000;
+            changed > i128::from(self.held.since_ms)
+        };
+        let changed_since = old.as_ref().is_ok_and(since);
         let old = old.ok().map(|old| FileType::from_raw_mode(old.st_mode));
         let kind = FileType::from_raw_mode(new.st_mode);
         let deleted = is_whiteout(&new);
@@ -122,6 +139,8 @@ impl Both {
         let leads_elsewhere = !directory || old == Some(FileType::Directory) && opaque;
         let judged = if self.is_protected(below, leads_elsewhere) {
             Kind::Protected
+        } else if changed_since && !(directory && old == Some(FileType::Directory) && !opaque) {
+            Kind::Conflict
         } else if deleted {
             Kind::Deleted
         } else if !(directory || kind.is_file() || kind.is_symlink()) {
@@ -284,14 +303,17 @@ fn list(socket: &Path, json: bool) -> ExitCode {
 }
 
 /// `broker commit`
-pub fn commit(socket: &Path, id: &str, workspace: Option<PathBuf>) -> ExitCode {
+pub fn commit(socket: &Path, id: &str, workspace: Option<PathBuf>, conflicts: Conflicts) -> ExitCode {
     exit(Both::open(socket, id, workspace).and_then(|both| {
         if both.lives {
             return Err(format!("the sandbox {id} lives, and goes on changing them; end it first: `broker kill {id}`"));
         }
         let changes = both.list()?;
-        let (refused, wanted): (Vec<_>, Vec<_>) =
-            changes.into_iter().partition(|change| matches!(change.kind, Kind::Special | Kind::Protected));
+        let (refused, wanted): (Vec<_>, Vec<_>) = changes.into_iter().partition(|change| match change.kind {
+            Kind::Special | Kind::Protected => true,
+            Kind::Conflict => conflicts == Conflicts::Keep,
+            Kind::Added | Kind::Modified | Kind::Deleted => false,
+        });
         for change in &wanted {
             both.apply(change).map_err(|error| {
                 format!("{}: {error}; what is held stays: mend it and commit again", show(&change.below))
@@ -301,7 +323,7 @@ pub fn commit(socket: &Path, id: &str, workspace: Option<PathBuf>) -> ExitCode {
             discarded(socket, id)?;
         } else {
             complain!(
-                "{} changes are not for a workspace (`!`) or protected by the policy (`P`), and stay held; `broker discard {id}` throws them away",
+                "{} changes are not for a workspace (`!`), protected by the policy (`P`) or were changed in the workspace since (`C`; `--force` overwrites that), and stay held; `broker discard {id}` throws them away",
                 refused.len()
             );
         }

@@ -90,6 +90,9 @@ pub enum Command {
         /// Where the workspace is, if it was moved
         #[arg(long, value_name = "DIR")]
         workspace: Option<PathBuf>,
+        /// Overwrite what was changed in the workspace since, too
+        #[arg(long)]
+        force: bool,
         #[command(flatten)]
         connect: Connect,
     },

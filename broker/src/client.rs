@@ -46,7 +46,7 @@ impl std::fmt::Display for ClientError {
                     (Some(message), _) => out.write_str(message),
                     (None, "NoSuchSandbox") => write!(
                         out,
-                        "no sandbox {} that you may know of; `broker ps` lists those",
+                        "no sandbox {} that you may know of; `broker ps` lists those that live, `broker diff` those whose changes are held",
                         parameters["sandbox"].as_str().unwrap_or_default()
                     ),
                     (None, name) => write!(out, "the daemon answers {name}: {parameters}"),

@@ -158,6 +158,8 @@ fn say_what_came(
     };
     if report["changes"] == true {
         let id = report["sandbox"].as_str().unwrap_or_default();
+        let own = socket != Path::new(SOCKET);
+        let id = if own { format!("{id} --connect {}", socket.display()) } else { id.to_owned() };
         complain!(
             "the workspace is as it was; `broker diff {id}` shows what was changed, `broker commit {id}` makes it so, `broker discard {id}` throws it away"
         );

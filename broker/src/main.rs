@@ -38,8 +38,9 @@ fn main() -> ExitCode {
         cli::Command::Diff { sandbox, workspace, connect, json } => {
             changes::diff(&connect.socket(), sandbox.as_deref(), workspace, json)
         }
-        cli::Command::Commit { sandbox, workspace, connect } => {
-            changes::commit(&connect.socket(), &sandbox, workspace)
+        cli::Command::Commit { sandbox, workspace, force, connect } => {
+            let conflicts = if force { changes::Conflicts::Overwrite } else { changes::Conflicts::Keep };
+            changes::commit(&connect.socket(), &sandbox, workspace, conflicts)
         }
         cli::Command::Discard { sandbox, connect } => changes::discard(&connect.socket(), &sandbox),
         cli::Command::Audit(cli::AuditCommand::Show { state }) => serve::audit_show(&state),

@@ -247,6 +247,8 @@ pub struct Held {
     /// For which of its sessions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub session: Option<String>,
+    /// Milliseconds since 1970: the workspace as it was then is what was changed.
+    pub since_ms: u64,
     /// What the caller called the workspace.
     pub workspace: String,
     /// What the policy protects in it.

@@ -36,7 +36,10 @@ impl Audit {
     /// Goes on with the record of `server`, and verifies its newest part first.
     pub fn open(server: &Server, metrics: Arc<Metrics>) -> Result<Audit, String> {
         let directory = server.record();
-        let (verified, first) = chain::resume(&directory)?;
+        let (verified, first) = chain::resume(&directory).map_err(|why| {
+            let place = directory.display();
+            format!("the audit record in {place} is broken: {why}; keep it for whoever looks into that, and move it away to begin a new one")
+        })?;
         let mut writer = Writer {
             file: opened(chain::newest(&directory), OpenOptions::new().append(true))?,
             head: opened(chain::head(&directory), OpenOptions::new().write(true))?,

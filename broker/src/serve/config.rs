@@ -156,10 +156,35 @@ impl Config {
             let message = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
             format!("line {}: {message}", before.matches('\n').count() + 1)
         })?;
+        let paths = [Some(&config.server.socket), Some(&config.server.state), config.server.metrics.as_ref()];
+        if let Some(path) = paths.into_iter().flatten().find(|path| !path.is_absolute()) {
+            return Err(format!("[server]: {} is no absolute path", path.display()));
+        }
         match config.access.iter().position(|access| access.user.is_some() == access.group.is_some()) {
             Some(at) => Err(format!("[[access]] number {}: it needs either `user` or `group`", at + 1)),
             None => Ok(config),
         }
+    }
+
+    /// What is written there and gives nobody anything as things stand, by the accounts and policies that there are.
+    pub fn doubts(&self, accounts: &Accounts, is_policy: impl Fn(&str) -> bool) -> Vec<String> {
+        let mut doubts = Vec::new();
+        for access in &self.access {
+            let unknown = |kind: &str, file: &str, name: &Option<String>, table: &str| {
+                let name = name.as_ref().filter(|name| accounts.number(table, name).is_none())?;
+                Some(format!(
+                    "[[access]] {kind} = {name:?}: {file} has none of that name; write its number, in quotes"
+                ))
+            };
+            doubts.extend(unknown("user", "/etc/passwd", &access.user, &accounts.passwd));
+            doubts.extend(unknown("group", "/etc/group", &access.group, &accounts.group));
+        }
+        let named = self.access.iter().flat_map(|access| &access.policies).chain(self.pool.warm.keys());
+        let unknown: BTreeSet<&str> = named.map(PolicyName::as_str).filter(|name| !is_policy(name)).collect();
+        doubts.extend(unknown.iter().map(|name| {
+            format!("policy {name:?}: there is none, or it is wrong; `broker policy check {name}`")
+        }));
+        doubts
     }
 
     /// What `peer` may ask for, by the accounts of /etc/passwd and /etc/group as given.

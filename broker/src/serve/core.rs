@@ -68,17 +68,31 @@ struct Table {
     started: u64,
 }
 
+/// Why a core ends.
+pub enum Why {
+    /// Another could do no better.
+    Unfit(String),
+    /// Another is to take its place.
+    Lost(String),
+}
+
+impl From<String> for Why {
+    fn from(why: String) -> Why {
+        Why::Lost(why)
+    }
+}
+
 /// Serves until the launcher goes away. The listening socket is what it gave.
-pub async fn serve(launcher: OwnedFd) -> Result<(), String> {
+pub async fn serve(launcher: OwnedFd) -> Result<(), Why> {
     let setup = receive::<ToCore>(&launcher, RecvFlags::empty()).map_err(|error| error.to_string())?;
     let Some((ToCore::Setup(config), descriptors)) = setup else {
-        return Err("the launcher said nothing".to_owned());
+        return Err("the launcher said nothing".to_owned().into());
     };
     let mut sockets = descriptors.into_iter().map(listening);
-    let listener = sockets.next().ok_or("the launcher gave no socket")??;
+    let listener = sockets.next().ok_or_else(|| "the launcher gave no socket".to_owned())??;
     let scraped = sockets.next().transpose()?;
     let metrics = Arc::new(Metrics::default());
-    let audit = Audit::open(&config.server, Arc::clone(&metrics))?;
+    let audit = Audit::open(&config.server, Arc::clone(&metrics)).map_err(Why::Unfit)?;
     let launcher = packets(launcher).map_err(|error| format!("the launcher's channel: {error}"))?;
     let accounts = Accounts::read();
     let core = Arc::new(Core { config, accounts, audit, launcher, metrics, table: Mutex::default() });
@@ -88,8 +102,8 @@ pub async fn serve(launcher: OwnedFd) -> Result<(), String> {
     }
     core.fill_pool();
     tokio::select! {
-        ended = hear(Arc::clone(&core)) => ended.map_err(|error| format!("the launcher: {error}")),
-        ended = askers::accept(core, listener) => ended.map_err(|error| format!("accept: {error}")),
+        ended = hear(Arc::clone(&core)) => ended.map_err(|error| format!("the launcher: {error}").into()),
+        ended = askers::accept(core, listener) => ended.map_err(|error| format!("accept: {error}").into()),
     }
 }
 

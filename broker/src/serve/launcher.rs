@@ -15,11 +15,11 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::{RecvFlags, SendFlags};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
-use super::changes;
 use super::config::Config;
 use super::inner::{Kind, Start, ToCore, ToLauncher, channel, receive, send, until};
 use super::roles::Roles;
 use super::supervisor;
+use super::{CANNOT_SERVE, changes};
 use crate::protocol::Sandbox;
 use crate::say::complain;
 
@@ -103,9 +103,13 @@ impl Launcher {
                 Ok(mut core) => {
                     let stop = self.serve(&core)?;
                     let _ = core.process.kill();
-                    core.process.wait()?;
+                    let ended = core.process.wait()?;
                     if stop {
                         return self.end_all();
+                    }
+                    if ended.code() == Some(CANNOT_SERVE.into()) {
+                        self.end_all()?;
+                        return Err(io::Error::other("the core cannot serve; see the line before"));
                     }
                 }
                 Err(error) => complain!("the core cannot be started: {error}"),

@@ -164,7 +164,7 @@ impl Metrics {
         counts.start.write(
             &mut text,
             "broker_start_seconds",
-            "From a request to a sandbox that waits for commands.",
+            "From a request for a sandbox that lives until it waits for commands.",
         );
         counts.record.write(&mut text, "broker_record_seconds", "From an event to its durable record.");
         text

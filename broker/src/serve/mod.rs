@@ -14,13 +14,14 @@ mod supervisor;
 use std::fs::DirBuilder;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
 
 use nix::unistd::{Gid, Uid, chown, setgroups, setresgid, setresuid};
 
+use crate::library::Policies;
 use crate::say::complain;
 
 pub use config::{Config, PATH, SOCKET, STATE};
@@ -28,6 +29,9 @@ pub use roles::{Role, live as role};
 
 /// The core's uid and gid: above the slots and their relays, so nobody else's either.
 const CORE_ID: u32 = 0x7200_0000;
+
+/// What a core exits with that another one could do no better (`EX_CONFIG`, sysexits(3)).
+const CANNOT_SERVE: u8 = 78;
 
 /// Runs the daemon until SIGTERM or SIGINT.
 pub fn serve(config: Option<&Path>) -> ExitCode {
@@ -51,11 +55,16 @@ fn launch(config: Config) -> io::Result<()> {
     }
     // The state directory is root's, so that the core, which comes through, can put nothing else in the place of a part.
     let (state, record) = (&config.server.state, config.server.record());
+    for doubt in config.doubts(&config::Accounts::read(), |policy| Policies::of_host().load(policy).is_ok()) {
+        complain!("{doubt}");
+    }
     named(state, DirBuilder::new().recursive(true).create(state))?;
     // Whatever the mask: the core comes through.
     named(state, std::fs::set_permissions(state, std::fs::Permissions::from_mode(0o711)))?;
     named(state, chown(state, Some(Uid::from_raw(0)), Some(Gid::from_raw(0))).map_err(Into::into))?;
     named(state, changes::prepare(state))?;
+    // Held for as long as this process lives.
+    let _lock = named(state, lock(state))?;
     named(&record, DirBuilder::new().recursive(true).mode(0o700).create(&record))?;
     let core = (Some(Uid::from_raw(CORE_ID)), Some(Gid::from_raw(CORE_ID)));
     named(&record, chown(&record, core.0, core.1).map_err(Into::into))?;
@@ -83,6 +92,24 @@ fn activated() -> Option<OwnedFd> {
     if ours { sandbox::take_passed_descriptor() } else { None }
 }
 
+/// Two daemons would break each other's record.
+fn lock(state: &Path) -> io::Result<std::fs::File> {
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(state.join("lock"))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(io::Error::new(
+            io::ErrorKind::AddrInUse,
+            "another daemon uses this state directory; give each its own (`state`)",
+        )),
+        Err(error) => Err(error.into()),
+    }
+}
+
 fn named<T>(path: &Path, result: io::Result<T>) -> io::Result<T> {
     result.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
 }
@@ -108,16 +135,19 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 
 /// The core's first lines give up what it was born with; then it serves.
 pub fn role_core() -> ExitCode {
-    let done = give_up_everything()
-        .map_err(|error| format!("the core cannot drop its rights: {error}"))
-        .and_then(|()| {
-            let launcher = io::stdin().as_fd().try_clone_to_owned().map_err(|error| error.to_string())?;
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
-            runtime.map_err(|error| error.to_string())?.block_on(core::serve(launcher))
-        });
-    match done {
+    let served = || {
+        give_up_everything().map_err(|error| format!("the core cannot drop its rights: {error}"))?;
+        let launcher = io::stdin().as_fd().try_clone_to_owned().map_err(|error| error.to_string())?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
+        runtime.map_err(|error| error.to_string())?.block_on(core::serve(launcher))
+    };
+    match served() {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
+        Err(core::Why::Unfit(error)) => {
+            complain!("{error}");
+            ExitCode::from(CANNOT_SERVE)
+        }
+        Err(core::Why::Lost(error)) => {
             complain!("{error}");
             ExitCode::FAILURE
         }
@@ -140,6 +170,13 @@ fn give_up_everything() -> io::Result<()> {
 /// `broker audit verify`
 pub fn audit_verify(state: &Path) -> ExitCode {
     match audit::verify(&config::record(state)) {
+        Ok(verified) if verified.records == 0 => {
+            complain!(
+                "there is no record in {}; `--state` names the daemon's state directory",
+                config::record(state).display()
+            );
+            ExitCode::FAILURE
+        }
         Ok(verified) => {
             println!("{} records, whole; the last is {}", verified.records, verified.last);
             ExitCode::SUCCESS

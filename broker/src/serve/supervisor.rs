@@ -121,6 +121,7 @@ fn held(sandbox: &Sandbox, plan: &Plan, (uid, gid): (u32, u32)) -> Option<Box<He
         uid,
         gid,
         session: sandbox.session.clone(),
+        since_ms: super::audit::now_ms(),
         workspace: workspace.directory.display().to_string(),
         protect: workspace.protect.iter().map(|protect| protect.path.display().to_string()).collect(),
     }))

@@ -325,3 +325,21 @@ fn what_is_handed_over_is_read_only_and_leads_nowhere() {
     let inode = |fd: &std::os::fd::OwnedFd| rustix::fs::fstat(fd).map(|found| (found.st_dev, found.st_ino));
     assert_eq!(inode(&up).ok(), inode(&changes).ok(), "`..` stays in it");
 }
+
+/// What the caller changed meanwhile is not overwritten without a word.
+#[test]
+fn a_commit_overwrites_nothing_that_was_changed_since() {
+    let daemon = Daemon::start();
+    let own = workspace();
+    let id = change(&daemon, own.path(), "echo inside > src/a; echo new > made");
+    fs::write(own.path().join("src/a"), "host\n").expect("it is written");
+    let commit = ask(&daemon, ADA, &["commit", &id]);
+    assert!(text(&commit.stdout).contains("C \"src/a\"\n") && text(&commit.stderr).contains("--force"));
+    assert_eq!(
+        (read(own.path(), "src/a").as_deref(), read(own.path(), "made").as_deref()),
+        (Some("host\n"), Some("new\n"))
+    );
+    let commit = ask(&daemon, ADA, &["commit", "--force", &id]);
+    assert!(commit.status.success(), "{}", text(&commit.stderr));
+    assert_eq!(read(own.path(), "src/a").as_deref(), Some("inside\n"));
+}

@@ -276,3 +276,48 @@ fn what_is_counted_can_be_scraped_by_who_may() {
     assert!(scrape(ADA, "/metrics").contains("403 Forbidden"));
     assert!(scrape(0, "/other").contains("404 Not Found"));
 }
+
+/// A record is one daemon's: a second one on the same directory, and one whose record is broken, say so and end.
+#[test]
+fn a_daemon_that_cannot_record_does_not_serve() {
+    let mut daemon = Daemon::start();
+    assert!(daemon.exec(0, &[], &["true"]).status.success());
+    let serve = || {
+        let mut command = Command::new("timeout");
+        command
+            .args(["20"])
+            .arg(program("broker"))
+            .args(["serve", "--config"])
+            .arg(daemon.folder.path().join("other.toml"));
+        command.output().expect("it runs")
+    };
+    let other = daemon.folder.path().join("other.sock");
+    let server = format!("[server]\nsocket = {other:?}\nstate = {:?}\n", daemon.state());
+    fs::write(daemon.folder.path().join("other.toml"), server).expect("a configuration");
+    let second = serve();
+    assert_eq!(second.status.code(), Some(1));
+    assert!(
+        text(&second.stderr).contains("another daemon uses this state directory"),
+        "{}",
+        text(&second.stderr)
+    );
+    let signal = nix::sys::signal::Signal::SIGKILL;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(daemon.process.id().cast_signed()), signal)
+        .expect("it lives");
+    let _ = daemon.process.wait();
+    let path = daemon.state().join("record/audit.jsonl");
+    let edited = fs::read_to_string(&path).expect("the record").replacen("true", "fals", 1);
+    fs::write(&path, edited).expect("the record");
+    let broken = serve();
+    assert_eq!(broken.status.code(), Some(1));
+    assert!(text(&broken.stderr).contains("is broken: record 0: it was edited"), "{}", text(&broken.stderr));
+    let none = Command::new(program("broker"))
+        .args(["audit", "verify", "--state", "/nonexistent"])
+        .output()
+        .expect("it runs");
+    assert!(
+        !none.status.success() && text(&none.stderr).contains("there is no record"),
+        "{}",
+        text(&none.stderr)
+    );
+}

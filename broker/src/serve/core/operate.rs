@@ -51,10 +51,12 @@ impl Core {
         }
         match (self.live_named(&sandbox), effect) {
             (Some(live), Some(effect)) => {
-                // A command that has ended hears nothing more.
-                if let Some(number) = live.effects.number_of(&effect) {
-                    let _ = live.tell(&ToSupervisor::Signal { number, signal }, &[]).await;
-                }
+                let Some(number) = live.effects.number_of(&effect) else {
+                    let denial = Denial::new(Code::Signal, "no command of that name was begun in it");
+                    return self.deny(connection, asker, "Signal", denial).await;
+                };
+                // One that has ended hears nothing more.
+                let _ = live.tell(&ToSupervisor::Signal { number, signal }, &[]).await;
             }
             _ => {
                 self.tell(&ToLauncher::Signal { id: sandbox, signal }, &[]).await.map_err(|_| End::Failed)?
