@@ -34,6 +34,12 @@ class Peer:
             given.frombytes(data)
         return json.loads(reply.rstrip(b"\0")), list(given)
 
+    def run(self):
+        parameters = {"policy": "default", "command": ["true"], "environment": [], "path": "/bin", "streams": {}}
+        reply, _ = self.call("Run", parameters)
+        outcome = reply["parameters"].get("report", {}).get("outcome")
+        assert outcome == {"kind": "exited", "code": 0}, reply
+
     def provision(self):
         reply, given = self.call("Provision", {"policy": "default", "environment": [], "path": "/bin"})
         assert "error" not in reply, reply

@@ -22,6 +22,8 @@ mod roles;
 mod rows;
 #[path = "daemon/runs.rs"]
 mod runs;
+#[path = "daemon/soak.rs"]
+mod soak;
 #[path = "daemon/stages.rs"]
 mod stages;
 
