@@ -1,6 +1,11 @@
-"""What one tenant waits for a run, alone, beside processes that only compute, and beside as many that attack the daemon."""
+"""What one tenant waits for a run, alone, beside processes that only compute, and beside as many that attack the daemon.
+
+Those who talk have nothing to do with the daemon: on some kernels a new process waits seconds beside many that wake each
+other, so what a flood of calls costs has to be compared with that.
+"""
 import os
 import random
+import select
 import signal
 import socket
 import time
@@ -9,7 +14,7 @@ from __main__ import RUNS, alternate
 from daemon import Daemon, Peer
 
 TITLE, UNIT = "a confined true, asked of the daemon by one tenant", "ms"
-RATIOS, RATIO_OF, APT, CARGO = ["beside who computes"], "p99", [], []
+RATIOS, RATIO_OF, APT, CARGO = ["beside who computes", "beside who talks"], "p99", [], []
 
 ROUNDS, COPIES = 10, 2  # of each way to be hostile
 TENANT, HOSTILE = 54_321, 54_400  # each hostile process has a uid, and so a share of connections, of its own
@@ -39,6 +44,27 @@ def converse(path, *calls):
 def computes(path):
     while True:
         pass
+
+
+def echoes(path):
+    """A server that is not ours."""
+    with socket.socket(socket.AF_UNIX) as server, select.epoll() as ready:
+        server.bind(f"\0{path}")
+        server.listen(64)
+        ready.register(server, select.EPOLLIN)
+        ones = {}
+        while True:
+            for number, _ in ready.poll():
+                if number == server.fileno():
+                    one, _ = server.accept()
+                    ones[one.fileno()] = one
+                    ready.register(one, select.EPOLLIN)
+                else:
+                    ones[number].send(20 * ones[number].recv(8192))
+
+
+def talks(path):
+    converse(f"\0{path}", DESCRIBE.decode())
 
 
 def garbage(path):
@@ -125,6 +151,7 @@ COUNT = COPIES * len(WAYS)
 CASES = [
     ("alone", [], "nothing else asks"),
     ("beside who computes", [computes] * COUNT, f"{COUNT} processes compute and leave the daemon alone"),
+    ("beside who talks", [echoes] + [talks] * (COUNT - 1), f"{COUNT} processes talk to each other over Unix sockets"),
     ("beside who attacks", WAYS * COPIES, f"{COUNT} processes: {', '.join(way.__name__ for way in WAYS)}"),
     *((f"beside {way.__name__} alone", [way] * COUNT, f"{COUNT} processes: {way.__doc__}") for way in WAYS),
     ("beside who runs as much", [runs] * COUNT, f"{COUNT} other tenants run the same, one after the other"),
