@@ -64,6 +64,8 @@ struct Table {
     /// What sandboxes have changed, by their names.
     held: BTreeMap<String, Held>,
     connections: BTreeMap<u32, usize>,
+    /// Uids among them that the configuration gives nothing.
+    strangers: BTreeSet<u32>,
     denials: BTreeMap<u32, Denials>,
     started: u64,
 }

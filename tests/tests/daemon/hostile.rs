@@ -387,3 +387,27 @@ s.recv(1000); print('sent', flush=True); time.sleep(20)
     slow.kill().expect("it lives");
     slow.wait().expect("it is reaped");
 }
+
+/// Those whom the configuration gives nothing, however many they are, leave room for those whom it names.
+#[test]
+fn strangers_shut_nobody_out() {
+    let daemon = Daemon::start();
+    let script = "
+import os, socket, sys, time
+held = []
+for uid in range(54400, 54432):
+    os.setresuid(uid, uid, 0)
+    for _ in range(64):
+        s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); held.append(s)
+    os.setresuid(0, 0, 0)
+print('held', flush=True); time.sleep(60)";
+    let mut python = Command::new("python3");
+    python.args(["-c", script]).arg(daemon.socket()).stdout(Stdio::piped());
+    let mut strangers = python.spawn().expect("python3 runs");
+    let mut begun = [0; 5];
+    strangers.stdout.take().expect("a pipe").read_exact(&mut begun).expect("they connect");
+    let output = daemon.exec(ADA, &[], &["true"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    strangers.kill().expect("it lives");
+    strangers.wait().expect("it ends");
+}

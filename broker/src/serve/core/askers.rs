@@ -18,6 +18,8 @@ use crate::serve::config::{Peer, Rights, Verb};
 /// What one uid may have at the same time, and all together.
 const CONNECTIONS_MAX: usize = 64;
 const CONNECTIONS_ALL_MAX: usize = 1024;
+/// What those whom the configuration gives nothing may have, all together.
+const STRANGERS_MAX: usize = 256;
 /// The longest name of a session, with those above it, in bytes.
 const SESSION_BYTES_MAX: usize = 200;
 
@@ -83,9 +85,9 @@ pub(super) async fn accept(core: Arc<Core>, listener: UnixListener) -> io::Resul
             }
         };
         let Ok(peer) = peer(&stream) else { continue };
-        if core.enter(peer) {
+        let rights = core.config.rights(peer, &core.accounts);
+        if core.enter(peer, &rights) {
             let connection = Connection::new(stream);
-            let rights = core.config.rights(peer, &core.accounts);
             let asker = Asker { peer, rights, session: None, process: None };
             tokio::spawn(Arc::clone(&core).attend(connection, asker));
         }
@@ -114,13 +116,22 @@ impl Core {
         })
     }
 
-    fn enter(&self, peer: Peer) -> bool {
+    fn enter(&self, peer: Peer, rights: &Rights) -> bool {
         let mut table = self.table();
         let all: usize = table.connections.values().sum();
-        let own = table.connections.entry(peer.uid).or_default();
-        let room = *own < CONNECTIONS_MAX && (all < CONNECTIONS_ALL_MAX || peer.uid == 0);
-        *own += usize::from(room);
-        room
+        let strangers: usize = table.strangers.iter().filter_map(|uid| table.connections.get(uid)).sum();
+        let stranger = *rights == Rights::default();
+        let room =
+            if stranger { strangers < STRANGERS_MAX } else { all < CONNECTIONS_ALL_MAX || peer.uid == 0 };
+        let own = table.connections.get(&peer.uid).copied().unwrap_or_default();
+        if !room || own >= CONNECTIONS_MAX {
+            return false;
+        }
+        table.connections.insert(peer.uid, own + 1);
+        if stranger {
+            table.strangers.insert(peer.uid);
+        }
+        true
     }
 
     fn leave(&self, peer: Peer) {
@@ -129,6 +140,7 @@ impl Core {
             *own -= 1;
             if *own == 0 {
                 table.connections.remove(&peer.uid);
+                table.strangers.remove(&peer.uid);
             }
         }
     }
@@ -150,7 +162,8 @@ impl Core {
             let denial = Denial::new(Code::PolicyNotGranted, message);
             return self.deny(connection, asker, "Narrow", denial).await;
         }
-        if !self.enter(asker.peer) {
+        // Whoever has minted it: a channel with no right of its own is no stranger's.
+        if !self.enter(asker.peer, &self.config.rights(asker.peer, &self.accounts)) {
             let denial =
                 Denial::new(Code::TooMany, format!("{CONNECTIONS_MAX} connections are yours already"));
             return self.deny(connection, asker, "Narrow", denial).await;
