@@ -76,11 +76,16 @@ pub enum Conflicts {
     Overwrite,
 }
 
+impl Change {
+    fn closed(below: &Path) -> Change {
+        let path = below.to_string_lossy().into_owned();
+        Change { kind: Kind::Special, path, below: below.to_owned(), new: None, opaque: false }
+    }
+}
+
 /// The changes, and the workspace as the caller sees it.
 struct Both {
     held: Held,
-    /// The sandbox may go on changing them.
-    lives: bool,
     changes: OwnedFd,
     workspace: OwnedFd,
 }
@@ -94,7 +99,7 @@ impl Both {
         let path = workspace.unwrap_or_else(|| PathBuf::from(&shown.held.workspace));
         let workspace =
             crate::through_daemon::open(&path, OFlags::RDONLY).map_err(|error| error.to_string())?;
-        Ok(Both { held: shown.held, lives: shown.lives, changes, workspace })
+        Ok(Both { held: shown.held, changes, workspace })
     }
 
     /// Every change, parents before what is below them.
@@ -103,7 +108,16 @@ impl Both {
         let mut directories = vec![PathBuf::new()];
         while let Some(directory) = directories.pop() {
             let at = |error: io::Error| format!("{}: {error}", show(&directory));
-            for name in names(&self.changes, &directory).map_err(at)? {
+            let names = match names(&self.changes, &directory) {
+                // The workload closed it; nobody knows what is in it.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    found.retain(|change: &Change| change.below != directory);
+                    found.push(Change::closed(&directory));
+                    continue;
+                }
+                other => other.map_err(at)?,
+            };
+            for name in names {
                 let below = directory.join(name);
                 let change = self.judge(&below).map_err(|error| format!("{}: {error}", show(&below)))?;
                 if change.new == Some(FileType::Directory) && change.kind != Kind::Protected {
@@ -134,9 +148,15 @@ impl Both {
         let kind = FileType::from_raw_mode(new.st_mode);
         let deleted = is_whiteout(&new);
         let directory = kind.is_dir();
-        let opaque = directory && is_opaque(&folder, name)?;
+        let opaque = match if directory { is_opaque(&folder, name) } else { Ok(false) } {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                return Ok(Change::closed(below));
+            }
+            other => other?,
+        };
         // What leads to a protected path has to be the directory that it was, or a new one: a link would lead to another.
-        let leads_elsewhere = !directory || old == Some(FileType::Directory) && opaque;
+        let was_directory = old.is_none_or(|old| old == FileType::Directory);
+        let leads_elsewhere = !directory || !was_directory || old.is_some() && opaque;
         let judged = if self.is_protected(below, leads_elsewhere) {
             Kind::Protected
         } else if changed_since && !(directory && old == Some(FileType::Directory) && !opaque) {
@@ -183,11 +203,8 @@ impl Both {
             unlinkat(&to, name, AtFlags::empty())?;
         }
         match change.new {
-            Some(FileType::Directory) if !stays => {
-                let mode =
-                    Mode::from_raw_mode(statat(&from, name, AtFlags::SYMLINK_NOFOLLOW)?.st_mode & 0o777);
-                Ok(mkdirat(&to, name, mode)?)
-            }
+            // Its own mode comes when everything is in it.
+            Some(FileType::Directory) if !stays => Ok(mkdirat(&to, name, Mode::RWXU)?),
             Some(FileType::RegularFile) => copy(&from, &to, name),
             Some(FileType::Symlink) => {
                 let target = readlinkat(&from, name, Vec::new())?;
@@ -197,6 +214,14 @@ impl Both {
             }
             _ => Ok(()),
         }
+    }
+}
+
+impl Both {
+    /// Gives a new directory the mode that it has in the changes.
+    fn close(&self, change: &Change) -> io::Result<()> {
+        let mode = rustix::fs::fstat(directory(&self.changes, &change.below)?)?.st_mode & 0o777;
+        Ok(fchmod(directory(&self.workspace, &change.below)?, Mode::from_raw_mode(mode))?)
     }
 }
 
@@ -238,7 +263,8 @@ fn parent<'a>(top: &OwnedFd, below: &'a Path) -> io::Result<(OwnedFd, &'a OsStr)
 fn directory(top: &OwnedFd, below: &Path) -> io::Result<OwnedFd> {
     let below = if below.as_os_str().is_empty() { Path::new(".") } else { below };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    // What is mounted below the workspace was never shown inside.
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
     Ok(openat2(top, below, flags, Mode::empty(), resolve)?)
 }
 
@@ -305,9 +331,6 @@ fn list(socket: &Path, json: bool) -> ExitCode {
 /// `broker commit`
 pub fn commit(socket: &Path, id: &str, workspace: Option<PathBuf>, conflicts: Conflicts) -> ExitCode {
     exit(Both::open(socket, id, workspace).and_then(|both| {
-        if both.lives {
-            return Err(format!("the sandbox {id} lives, and goes on changing them; end it first: `broker kill {id}`"));
-        }
         let changes = both.list()?;
         let (refused, wanted): (Vec<_>, Vec<_>) = changes.into_iter().partition(|change| match change.kind {
             Kind::Special | Kind::Protected => true,
@@ -318,6 +341,10 @@ pub fn commit(socket: &Path, id: &str, workspace: Option<PathBuf>, conflicts: Co
             both.apply(change).map_err(|error| {
                 format!("{}: {error}; what is held stays: mend it and commit again", show(&change.below))
             })?;
+        }
+        let made = wanted.iter().rev().filter(|change| change.new == Some(FileType::Directory));
+        for change in made {
+            both.close(change).map_err(|error| format!("{}: {error}", show(&change.below)))?;
         }
         if refused.is_empty() {
             discarded(socket, id)?;

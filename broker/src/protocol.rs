@@ -260,8 +260,6 @@ pub struct Held {
 pub struct Shown {
     /// What they are.
     pub held: Held,
-    /// The sandbox lives, and may change them further.
-    pub lives: bool,
     /// The position of the directory that holds them.
     pub directory: usize,
 }

@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Uid, chownat, mkdirat, openat, statat, unlinkat,
+    AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, mkdirat, openat, openat2,
+    statat, unlinkat,
 };
 use rustix::io::Errno;
 use rustix::mount::{
@@ -80,7 +81,7 @@ pub fn is_unchanged(place: &Path) -> io::Result<bool> {
     Ok(!Dir::read_from(files)?.any(own))
 }
 
-/// The layer in `place`, read-only, as a detached mount in which the files of `workload` are `owner`'s and all others nobody's.
+/// The layer in `place`, read-only, as a directory in which the files of `workload` are `owner`'s and all others nobody's.
 ///
 /// # Errors
 /// As the call that failed.
@@ -101,7 +102,10 @@ pub fn show_changes(place: &Path, workload: u32, owner: (u32, u32)) -> io::Resul
         userns_fd: sys::raw(&map),
     };
     sys::mount_setattr(&mount, attributes, Reach::All)?;
-    Ok(mount)
+    // A descriptor of the mount itself could be given other attributes in a namespace of its holder's; of a directory in
+    // it, whose mount belongs to no namespace any more, nothing can be made but what it is.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(openat(&mount, ".", flags, Mode::empty())?)
 }
 
 /// Removes the layer in `place` and `place` itself.
@@ -168,9 +172,11 @@ fn empty(directory: &OwnedFd) -> io::Result<Option<PathBuf>> {
     Ok(None)
 }
 
+/// Not into what is mounted there: that is another's.
 fn open_below(directory: impl AsFd, name: &OsStr) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(openat(directory, name, flags, Mode::empty())?)
+    let resolve = ResolveFlags::NO_XDEV | ResolveFlags::NO_SYMLINKS;
+    Ok(openat2(directory, name, flags, Mode::empty(), resolve)?)
 }
 
 fn identity(directory: &OwnedFd) -> io::Result<(u64, u64)> {

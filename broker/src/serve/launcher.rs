@@ -306,6 +306,11 @@ impl Launcher {
     }
 
     fn start(&mut self, start: Start, descriptors: Vec<OwnedFd>) -> io::Result<()> {
+        // A name of the core's making, once.
+        changes::place(&self.config.server.state, &start.sandbox.id)?;
+        if self.living.contains_key(&start.sandbox.id) {
+            return Err(io::Error::from_raw_os_error(libc::EEXIST));
+        }
         let mut descriptors = descriptors.into_iter();
         let (Some(cores), Some(supervisors)) = (descriptors.next(), descriptors.next()) else {
             return Ok(());

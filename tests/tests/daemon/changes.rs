@@ -273,31 +273,27 @@ X";
         "mkdir \"$(printf 'a\\nb\\033c')\"; echo x > \"$(printf 'a\\nb\\033c/d')\"; chmod 000 src",
     );
     let commit = ask(&daemon, ADA, &["commit", &id]);
-    assert!(
-        !commit.status.success() && text(&commit.stderr).contains("src"),
-        "it cannot be read: {}",
-        text(&commit.stderr)
-    );
+    assert!(text(&commit.stdout).contains("! \"src\"\n"), "it cannot be read: {}", text(&commit.stderr));
     assert!(ask(&daemon, ADA, &["discard", &id]).status.success());
 }
 
-/// A sandbox that lives shows its changes, and they are not thrown away under it.
+/// What a sandbox that lives changes is its own, and may be another principal's by now.
 #[test]
-fn the_changes_of_a_sandbox_that_lives_are_shown_and_stay() {
+fn the_changes_of_a_sandbox_that_lives_stay_with_it() {
     let daemon = Daemon::start();
     let own = folder_of(0);
     fs::write(own.path().join("a"), "one\n").expect("a file");
     let peer = Peer::new(&daemon);
     let (id, handle) = peer.provision_as(Some(own.path()), "cow");
     peer.execute(&handle, "one", "echo two > a; echo b > b");
-    assert_eq!(text(&ask(&daemon, 0, &["diff", &id]).stdout), "M \"a\"\nA \"b\"\n");
-    let commit = ask(&daemon, 0, &["commit", &id]);
-    assert!(text(&commit.stderr).contains("lives"), "{}", text(&commit.stderr));
+    for word in ["diff", "commit", "discard"] {
+        let output = ask(&daemon, 0, &[word, &id]);
+        assert!(text(&output.stderr).contains("denied (lives)"), "{word}: {}", text(&output.stderr));
+    }
     assert_eq!(read(own.path(), "a").as_deref(), Some("one\n"));
-    let discard = ask(&daemon, 0, &["discard", &id]);
-    assert!(text(&discard.stderr).contains("denied (lives)"), "{}", text(&discard.stderr));
     drop(handle);
     assert!(within(Duration::from_secs(2), || daemon.list(0).is_empty()));
+    assert_eq!(text(&ask(&daemon, 0, &["diff", &id]).stdout), "M \"a\"\nA \"b\"\n");
     assert!(ask(&daemon, 0, &["commit", &id]).status.success());
     assert_eq!(
         (read(own.path(), "a").as_deref(), read(own.path(), "b").as_deref()),
@@ -305,25 +301,81 @@ fn the_changes_of_a_sandbox_that_lives_are_shown_and_stay() {
     );
 }
 
-/// What is handed over cannot be written, leads nowhere else, and another user's files in it are nobody's.
+/// What is handed over cannot be written, nor made writable in a namespace of one's own, and leads nowhere else.
 #[test]
 fn what_is_handed_over_is_read_only_and_leads_nowhere() {
     let daemon = Daemon::start();
-    let own = folder_of(0);
-    let peer = Peer::new(&daemon);
-    let (id, handle) = peer.provision_as(Some(own.path()), "cow");
-    peer.execute(&handle, "one", "echo b > b");
-    peer.send("Changes", &json!({ "sandbox": id }), false, &[]);
-    let (reply, mut descriptors) = peer.reply();
-    assert!(reply["error"].is_null(), "{reply}");
-    let changes = descriptors.remove(0);
-    use rustix::fs::{Mode, OFlags, openat};
-    let made = openat(&changes, "new", OFlags::CREATE | OFlags::WRONLY, Mode::RWXU);
-    assert_eq!(made.err(), Some(rustix::io::Errno::ROFS));
-    let up = openat(&changes, "..", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())
-        .expect("the root of the mount");
-    let inode = |fd: &std::os::fd::OwnedFd| rustix::fs::fstat(fd).map(|found| (found.st_dev, found.st_ino));
-    assert_eq!(inode(&up).ok(), inode(&changes).ok(), "`..` stays in it");
+    let own = workspace();
+    let id = change(&daemon, own.path(), "echo b > b");
+    let script = "
+import array, ctypes, errno, json, os, socket, sys
+s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])
+s.sendall(json.dumps({'method': 'io.broker.Control.Changes', 'parameters': {'sandbox': sys.argv[2]}}).encode() + b'\\0')
+reply, control, _, _ = s.recvmsg(9999, 99)
+fd = array.array('i', control[0][2])[0]
+print(os.listdir(fd), os.fstat(fd).st_ino == os.stat('..', dir_fd=fd).st_ino)
+def write():
+    try: os.open('new', os.O_CREAT | os.O_WRONLY, 0o777, dir_fd=fd); return 'written'
+    except OSError as error: return errno.errorcode[error.errno]
+print(write())
+libc = ctypes.CDLL(None, use_errno=True)
+print(libc.unshare(0x10000000 | 0x00020000))
+attributes = (ctypes.c_uint64 * 4)(0, 1 | 2 | 4 | 8, 0, 0)
+print(libc.syscall(442, fd, b'', 0x1000 | 0x8000, attributes, 32), errno.errorcode[ctypes.get_errno()])
+print(libc.syscall(428, fd, b'', 1 | 0x1000), write())";
+    let mut python = Command::new("python3");
+    python.args(["-c", script]).arg(daemon.socket()).arg(&id).uid(ADA).gid(ADA);
+    let output = python.output().expect("it runs");
+    let expected = "['b'] True\nEROFS\n0\n-1 EINVAL\n-1 EROFS\n";
+    assert_eq!(text(&output.stdout), expected, "{}", text(&output.stderr));
+}
+
+/// What is mounted below the workspace was never shown inside, and is no business of a commit's.
+#[test]
+fn a_commit_leaves_what_is_mounted_below_alone() {
+    let daemon = Daemon::start();
+    let own = workspace();
+    let id = change(
+        &daemon,
+        own.path(),
+        "rm -rf kept; mkdir kept; echo evil > kept/evil; mkdir -p src/deep; echo evil > src/evil",
+    );
+    let script = format!(
+        "cd {0} && mount -t tmpfs none kept && mount -t tmpfs none src && echo precious > kept/it && chmod 777 kept src && \
+         setpriv --reuid {ADA} --regid {ADA} --clear-groups {1} commit {id} --connect {2}; ls kept src",
+        own.path().display(),
+        program("broker").display(),
+        daemon.socket().display()
+    );
+    let output = Command::new("unshare").args(["--mount", "sh", "-c", &script]).output().expect("it runs");
+    assert!(
+        text(&output.stdout).ends_with("kept:\nit\n\nsrc:\n"),
+        "{} {}",
+        text(&output.stdout),
+        text(&output.stderr)
+    );
+}
+
+/// Closed directories hold up nobody but themselves.
+#[test]
+fn what_the_workload_closed_is_said_and_the_rest_goes_on() {
+    let daemon = Daemon::start();
+    let own = workspace();
+    let script =
+        "mkdir shut cache; echo x > shut/x; chmod 0 shut; echo y > cache/y; chmod 555 cache; echo z > z";
+    let id = change(&daemon, own.path(), script);
+    let commit = ask(&daemon, ADA, &["commit", &id]);
+    assert!(
+        commit.status.success() && text(&commit.stdout).contains("! \"shut\"\n"),
+        "{}",
+        text(&commit.stderr)
+    );
+    assert_eq!(
+        (read(own.path(), "cache/y").as_deref(), read(own.path(), "z").as_deref()),
+        (Some("y\n"), Some("z\n"))
+    );
+    assert!(listing(own.path()).contains(&"cache d 555".to_owned()));
+    assert!(ask(&daemon, ADA, &["discard", &id]).status.success());
 }
 
 /// What the caller changed meanwhile is not overwritten without a word.

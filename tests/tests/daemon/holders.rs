@@ -116,6 +116,27 @@ fn a_narrower_channel_is_narrower() {
     assert_eq!(daemon.list(0).len(), 2);
 }
 
+/// What one holder called its commands is nothing to the next: no outcome that was there before passes for its own.
+#[test]
+fn names_of_effects_are_each_principal_s_own() {
+    let daemon = Daemon::start();
+    let user = Peer::new(&daemon);
+    let (one, two) =
+        (mint(&user, "one", &["default"]).expect("a channel"), mint(&user, "two", &[]).expect("one"));
+    let (_, handle) = one.provision(None);
+    assert_eq!(one.execute(&handle, "build", "exit 0").0["outcome"]["code"], 0);
+    let (reply, said) = two.execute(&handle, "build", "echo ran; exit 7");
+    assert_eq!((&reply["outcome"]["code"], said.as_str()), (&json!(7), "ran\n"), "{reply}");
+    assert_eq!(one.execute(&handle, "build", "exit 5").0["outcome"]["code"], 0, "its own, still");
+    daemon.kill_core();
+    let two = mint(&Peer::new(&daemon), "two", &[]).expect("a channel");
+    assert_eq!(
+        two.execute(&handle, "build", "exit 5").0["outcome"]["code"],
+        7,
+        "the next core knows whose is whose"
+    );
+}
+
 /// A name alone is worth nothing; a name and the kernel's word for who asks is.
 #[test]
 fn one_s_own_sandbox_is_used_by_its_name() {

@@ -34,10 +34,18 @@ pub(super) struct Asker {
 }
 
 /// Whose a sandbox is: a user, or one of its sessions. What runs in a sandbox is no other principal's.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Principal {
     pub uid: u32,
     pub session: Option<String>,
+}
+
+impl Principal {
+    /// Who did what a record tells of.
+    pub fn of(event: &Value) -> Principal {
+        let uid = event["uid"].as_u64().and_then(|uid| u32::try_from(uid).ok());
+        Principal { uid: uid.unwrap_or(u32::MAX), session: event["session"].as_str().map(str::to_owned) }
+    }
 }
 
 impl Asker {

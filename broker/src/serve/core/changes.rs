@@ -46,16 +46,17 @@ impl Core {
         Named { sandbox }: Named,
     ) -> Result<(), End> {
         let Some(held) = self.held_of(asker, &sandbox) else { return no_such(connection, &sandbox).await };
+        // It may be another principal's by now, and what is handed over once is kept.
+        if self.table().sandboxes.contains_key(&sandbox) {
+            return self.deny(connection, asker, "Changes", lives()).await;
+        }
         let mut event = asker.event("open");
         event["sandbox"] = sandbox.as_str().into();
         if !self.audit.record(event).await {
             return self.deny(connection, asker, "Changes", Denial::not_recorded()).await;
         }
         match self.errand(&sandbox, Errand::Show).await {
-            Ok(Some(directory)) => {
-                let lives = self.table().sandboxes.contains_key(&sandbox);
-                connection.hand_over(Shown { held, lives, directory: 0 }, directory).await
-            }
+            Ok(Some(directory)) => connection.hand_over(Shown { held, directory: 0 }, directory).await,
             Ok(None) => Err(End::Failed),
             Err(message) => self.failed(connection, message).await,
         }
@@ -72,8 +73,7 @@ impl Core {
             return no_such(connection, &sandbox).await;
         }
         if self.table().sandboxes.contains_key(&sandbox) {
-            let denial = Denial::new(Code::Lives, "the sandbox lives; what it changes is its own as long");
-            return self.deny(connection, asker, "Discard", denial).await;
+            return self.deny(connection, asker, "Discard", lives()).await;
         }
         let mut event = asker.event("discard");
         event["sandbox"] = sandbox.as_str().into();
@@ -113,6 +113,13 @@ impl Core {
             None => Err("the launcher's errand ended".to_owned()),
         }
     }
+}
+
+fn lives() -> Denial {
+    Denial::new(
+        Code::Lives,
+        "the sandbox lives, and what it changes is its own as long; `broker kill` ends it",
+    )
 }
 
 fn owns(asker: &Asker, held: &Held) -> bool {

@@ -1,4 +1,5 @@
 //! What was executed in a sandbox, by the names that callers gave it: a name is used once, and stands for its outcome ever after.
+//! Names are a principal's own: what one that held the sandbox before has used means nothing to the next.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -6,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde_json::Value;
 use tokio::sync::watch;
 
+use super::askers::Principal;
 use crate::protocol::{Code, Denial, Running};
 
 /// The longest name, in bytes, and how many a sandbox remembers.
@@ -19,9 +21,11 @@ pub(super) struct Effects(Mutex<Table>);
 /// By name and by number.
 #[derive(Default)]
 struct Table {
-    by_name: BTreeMap<String, Effect>,
-    names: BTreeMap<u32, String>,
+    by_name: BTreeMap<Key, Effect>,
+    names: BTreeMap<u32, Key>,
 }
+
+type Key = (Principal, String);
 
 /// What was asked for under one name.
 struct Effect {
@@ -40,10 +44,10 @@ pub(super) struct Asked {
 }
 
 impl Table {
-    fn insert(&mut self, name: &str, number: u32) -> watch::Receiver<Option<Value>> {
+    fn insert(&mut self, key: Key, number: u32) -> watch::Receiver<Option<Value>> {
         let (outcome, heard) = watch::channel(None);
-        self.names.insert(number, name.to_owned());
-        self.by_name.insert(name.to_owned(), Effect { number, outcome });
+        self.names.insert(number, key.clone());
+        self.by_name.insert(key, Effect { number, outcome });
         heard
     }
 }
@@ -59,9 +63,12 @@ impl Effects {
         let name = event["effect"].as_str().unwrap_or_default();
         let number = event["number"].as_u64().and_then(|number| u32::try_from(number).ok());
         match (event["kind"].as_str(), number) {
-            (Some("execute"), Some(number)) => drop(table.insert(name, number)),
-            (Some("executed"), _) => {
-                if let Some(effect) = table.by_name.get(name) {
+            (Some("execute"), Some(number)) => {
+                drop(table.insert((Principal::of(event), name.to_owned()), number));
+            }
+            (Some("executed"), Some(number)) => {
+                let key = table.names.get(&number).cloned();
+                if let Some(effect) = key.and_then(|key| table.by_name.get(&key)) {
                     effect.outcome.send_replace(Some(event["outcome"].clone()));
                 }
             }
@@ -70,9 +77,10 @@ impl Effects {
     }
 
     /// The effect of that name.
-    pub fn ask(&self, name: &str) -> Result<Asked, Denial> {
+    pub fn ask(&self, who: Principal, name: &str) -> Result<Asked, Denial> {
         let mut table = self.table();
-        if let Some(effect) = table.by_name.get(name) {
+        let key = (who, name.to_owned());
+        if let Some(effect) = table.by_name.get(&key) {
             return Ok(Asked { number: effect.number, heard: effect.outcome.subscribe(), is_new: false });
         }
         if !(1..=NAME_BYTES_MAX).contains(&name.len()) {
@@ -84,24 +92,24 @@ impl Effects {
             return Err(Denial::new(Code::TooMany, message));
         }
         let number = table.names.last_key_value().map_or(0, |(last, _)| *last) + 1;
-        let heard = table.insert(name, number);
+        let heard = table.insert(key, number);
         Ok(Asked { number, heard, is_new: true })
     }
 
     /// It was not begun.
-    pub fn forget(&self, name: &str) {
+    pub fn forget(&self, number: u32) {
         let mut table = self.table();
-        if let Some(effect) = table.by_name.remove(name) {
-            table.names.remove(&effect.number);
+        if let Some(key) = table.names.remove(&number) {
+            table.by_name.remove(&key);
         }
     }
 
     /// Notes how one ended; its name, where that was not known.
     pub fn ended(&self, number: u32, outcome: &Value) -> Option<String> {
         let table = self.table();
-        let name = table.names.get(&number)?;
-        let before = table.by_name.get(name)?.outcome.send_replace(Some(outcome.clone()));
-        before.is_none().then(|| name.clone())
+        let key = table.names.get(&number)?;
+        let before = table.by_name.get(key)?.outcome.send_replace(Some(outcome.clone()));
+        before.is_none().then(|| key.1.clone())
     }
 
     /// Nothing will be heard of any of them: whoever waits is told.
@@ -113,10 +121,11 @@ impl Effects {
     pub fn running(&self) -> Vec<Running> {
         let table = self.table();
         let under_way = table.by_name.iter().filter(|(_, effect)| effect.outcome.borrow().is_none());
-        under_way.map(|(name, _)| Running { effect: name.clone() }).collect()
+        under_way.map(|((_, name), _)| Running { effect: name.clone() }).collect()
     }
 
-    pub fn number_of(&self, name: &str) -> Option<u32> {
-        self.table().by_name.get(name).map(|effect| effect.number)
+    /// The number of one that `who` has begun.
+    pub fn number_of(&self, who: Principal, name: &str) -> Option<u32> {
+        self.table().by_name.get(&(who, name.to_owned())).map(|effect| effect.number)
     }
 }

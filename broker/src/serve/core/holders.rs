@@ -35,11 +35,7 @@ impl Holder {
     pub fn follow(&mut self, event: &Value) {
         match event["kind"].as_str() {
             Some("give") => self.next = if event["mode"] == "live" { Taking::Live } else { Taking::Fresh },
-            Some("handed_over") => {
-                let uid = event["uid"].as_u64().and_then(|uid| u32::try_from(uid).ok());
-                let session = event["session"].as_str().map(str::to_owned);
-                *self = Holder::new(Principal { uid: uid.unwrap_or(u32::MAX), session });
-            }
+            Some("handed_over") => *self = Holder::new(Principal::of(event)),
             _ => {}
         }
     }

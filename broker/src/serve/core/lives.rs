@@ -188,7 +188,7 @@ impl Core {
     /// Who waits hears of it at once: until it is recorded the supervisor keeps it, for a core that comes after this one.
     fn note_end(self: &Arc<Self>, live: &Arc<Live>, number: u32, outcome: Value) {
         let event = live.effects.ended(number, &outcome).map(
-            |effect| json!({ "kind": "executed", "sandbox": live.id, "effect": effect, "outcome": outcome }),
+            |effect| json!({ "kind": "executed", "sandbox": live.id, "effect": effect, "number": number, "outcome": outcome }),
         );
         let (core, live) = (Arc::clone(self), Arc::clone(live));
         tokio::spawn(async move {
@@ -225,7 +225,7 @@ impl Core {
                 return self.missing(connection, asker, missing).await;
             }
         };
-        let Asked { number, heard, is_new } = match live.effects.ask(&effect) {
+        let Asked { number, heard, is_new } = match live.effects.ask(asker.principal(), &effect) {
             Ok(asked) => asked,
             Err(denial) => return self.deny(connection, asker, "Execute", denial).await,
         };
@@ -239,7 +239,7 @@ impl Core {
         let holding = match self.take_over(&live, asker).await {
             Ok(holding) => holding,
             Err(why) => {
-                live.effects.forget(&effect);
+                live.effects.forget(number);
                 return match why {
                     FromSupervisor::Denied { denial } => {
                         self.deny(connection, asker, "Execute", denial).await
@@ -254,7 +254,7 @@ impl Core {
         event["number"] = number.into();
         event["command"] = command.iter().map(|word| bounded(word)).take(64).collect();
         if !self.audit.record(event).await {
-            live.effects.forget(&effect);
+            live.effects.forget(number);
             return self.deny(connection, asker, "Execute", Denial::not_recorded()).await;
         }
         self.metrics.begun(Begun::Execute);

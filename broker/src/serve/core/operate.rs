@@ -51,7 +51,7 @@ impl Core {
         }
         match (self.live_named(&sandbox), effect) {
             (Some(live), Some(effect)) => {
-                let Some(number) = live.effects.number_of(&effect) else {
+                let Some(number) = live.effects.number_of(asker.principal(), &effect) else {
                     let denial = Denial::new(Code::Signal, "no command of that name was begun in it");
                     return self.deny(connection, asker, "Signal", denial).await;
                 };
