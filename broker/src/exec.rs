@@ -33,7 +33,7 @@ pub fn run(arguments: ExecArguments) -> ExitCode {
     }
     if arguments.workspace.as_ref().is_some_and(|wish| wish.mode == sandbox::WorkspaceMode::CopyOnWrite) {
         return refuse(
-            "a workspace of mode `cow` needs the daemon, which keeps the changes; start `broker serve`, or use `ro` or `rw`",
+            "--workspace: mode `cow` needs the daemon, which keeps the changes; start `broker serve`, or use `ro` or `rw`",
         );
     }
     let (policy, plan) = match prepare(arguments) {

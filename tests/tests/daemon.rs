@@ -83,6 +83,9 @@ impl Daemon {
         let daemon = Daemon { process, folder };
         let answers = || daemon.broker(0, &["ps"]).output().is_ok_and(|output| output.status.success());
         assert!(within(Duration::from_secs(10), answers), "{}", daemon.log());
+        // Whoever counts the core's descriptors counts those of the roles too.
+        let complete = || ["vault", "resolver"].iter().all(|role| roles::is_up(&daemon, role));
+        assert!(within(Duration::from_secs(10), complete), "{}", daemon.log());
         daemon
     }
 

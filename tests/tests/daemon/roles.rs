@@ -52,7 +52,7 @@ fn is_confined(pid: i32, uid: u32, own_network: bool) {
     assert_eq!(namespace(pid, "net") != namespace(ours, "net"), own_network);
 }
 
-fn is_up(daemon: &Daemon, role: &str) -> bool {
+pub fn is_up(daemon: &Daemon, role: &str) -> bool {
     let peer = Peer::new(daemon);
     peer.send("Metrics", &serde_json::json!({}), false, &[]);
     let line = format!("broker_role_up{{role=\"{role}\"}} 1\n");
