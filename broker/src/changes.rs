@@ -99,6 +99,18 @@ impl Both {
         let path = workspace.unwrap_or_else(|| PathBuf::from(&shown.held.workspace));
         let workspace =
             crate::through_daemon::open(&path, OFlags::RDONLY).map_err(|error| error.to_string())?;
+        // As for a workspace that is written at once: a protected path that is or leads through a link could be anywhere.
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let is_link = |path: &&String| {
+            let flags = OFlags::PATH | OFlags::CLOEXEC;
+            openat2(&workspace, path.as_str(), flags, Mode::empty(), resolve).err() == Some(Errno::LOOP)
+        };
+        if let Some(path) = shown.held.protect.iter().find(is_link) {
+            let path = show(Path::new(path));
+            return Err(format!(
+                "the protected path {path} of the workspace is or leads through a symbolic link; remove the link first"
+            ));
+        }
         Ok(Both { held: shown.held, changes, workspace })
     }
 

@@ -183,6 +183,19 @@ fn nothing_leads_to_another_repository() {
     }
 }
 
+/// Nor does a link of the owner's own, through which a protected path is another.
+#[test]
+fn a_commit_is_refused_where_a_protected_path_leads_through_a_link() {
+    let daemon = Daemon::start();
+    let own = workspace();
+    fs::rename(own.path().join(".git"), own.path().join("real")).expect("it is there");
+    std::os::unix::fs::symlink("real", own.path().join(".git")).expect("a link");
+    let id = change(&daemon, own.path(), "mkdir real/hooks; echo evil > real/hooks/pre-commit");
+    let commit = ask(&daemon, ADA, &["commit", &id]);
+    assert!(text(&commit.stderr).contains("symbolic link"), "{}", text(&commit.stderr));
+    assert!(!own.path().join("real/hooks").exists());
+}
+
 /// Marks that mean something to an overlay are the kernel's alone.
 #[test]
 fn marks_of_the_overlay_cannot_be_forged() {

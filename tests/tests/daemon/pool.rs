@@ -173,3 +173,24 @@ fn a_sandbox_that_lives_may_have_been_warm() {
         live()
     );
 }
+
+/// What cannot be told to a warm sandbox ends it: none is left that nobody has.
+#[test]
+fn words_that_fit_no_packet_leave_no_warm_sandbox_behind() {
+    let daemon = Daemon::start_with("true", POOL);
+    let peer = Peer::new(&daemon);
+    let words = vec!["\u{1}".repeat(4096); 7];
+    for _ in 0..3 {
+        full(&daemon);
+        let run = json!({ "policy": "default", "command": words, "environment": [], "path": "/bin", "streams": {} });
+        peer.send("Run", &run, false, &[]);
+        assert_eq!(peer.reply().0["error"], "io.broker.Control.NotStarted");
+    }
+    full(&daemon);
+    let live = || children(daemon.process.id()).len();
+    assert!(
+        within(Duration::from_secs(2), || live() == 5),
+        "core, two roles and two of the pool: {}",
+        live()
+    );
+}

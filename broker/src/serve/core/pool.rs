@@ -146,9 +146,16 @@ impl Core {
         given: &[BorrowedFd<'_>],
     ) -> io::Result<UnixStream> {
         let handle: Vec<_> = cores_handle.into_iter().collect();
-        self.tell(&ToLauncher::Assign { sandbox, kind }, &handle).await?;
         let say = || send(&warm.channel, first, given, SendFlags::DONTWAIT);
-        warm.channel.async_io(Interest::WRITABLE, say).await?;
+        let assigned = match self.tell(&ToLauncher::Assign { sandbox, kind }, &handle).await {
+            Ok(()) => warm.channel.async_io(Interest::WRITABLE, say).await,
+            failed => failed,
+        };
+        if let Err(error) = assigned {
+            // What was asked of it is longer than a packet, say: nobody else will have it.
+            self.end_warm(&warm.id).await;
+            return Err(error);
+        }
         Ok(warm.channel)
     }
 }
