@@ -67,6 +67,14 @@ struct Change {
     opaque: bool,
 }
 
+impl Change {
+    /// A directory that the workload has closed: nobody knows what is in it.
+    fn closed(below: &Path) -> Change {
+        let path = below.to_string_lossy().into_owned();
+        Change { kind: Kind::Special, path, below: below.to_owned(), new: None, opaque: false }
+    }
+}
+
 /// What becomes of what was changed in the workspace too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Conflicts {
@@ -74,13 +82,6 @@ pub enum Conflicts {
     Keep,
     /// It is overwritten.
     Overwrite,
-}
-
-impl Change {
-    fn closed(below: &Path) -> Change {
-        let path = below.to_string_lossy().into_owned();
-        Change { kind: Kind::Special, path, below: below.to_owned(), new: None, opaque: false }
-    }
 }
 
 /// The changes, and the workspace as the caller sees it.
@@ -121,7 +122,6 @@ impl Both {
         while let Some(directory) = directories.pop() {
             let at = |error: io::Error| format!("{}: {error}", show(&directory));
             let names = match names(&self.changes, &directory) {
-                // The workload closed it; nobody knows what is in it.
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                     found.retain(|change: &Change| change.below != directory);
                     found.push(Change::closed(&directory));
@@ -227,9 +227,7 @@ impl Both {
             _ => Ok(()),
         }
     }
-}
 
-impl Both {
     /// Gives a new directory the mode that it has in the changes.
     fn close(&self, change: &Change) -> io::Result<()> {
         let mode = rustix::fs::fstat(directory(&self.changes, &change.below)?)?.st_mode & 0o777;

@@ -24,9 +24,6 @@ pub fn run(arguments: ExecArguments) -> ExitCode {
         Err(error) => return cannot_report(report_to.as_deref(), &error),
     };
     match daemon(&arguments) {
-        Ok(Some((socket, client))) if arguments.sandbox.is_some() => {
-            return in_living(arguments, client, &socket, report_file.as_ref());
-        }
         Ok(Some((socket, client))) => return through(arguments, client, &socket, report_file.as_ref()),
         Ok(None) => {}
         Err(error) => return refuse(&error),
@@ -86,7 +83,7 @@ fn daemon(arguments: &ExecArguments) -> Result<Option<(PathBuf, Client)>, String
     }
 }
 
-/// A run of the daemon's.
+/// A run of the daemon's: in a sandbox of its own, or in one that lives.
 fn through(
     arguments: ExecArguments,
     client: Client,
@@ -94,37 +91,19 @@ fn through(
     report_file: Option<&ReportFile>,
 ) -> ExitCode {
     let report_to = arguments.report.clone();
-    let name = arguments.policy.clone();
+    let (name, living) = (arguments.policy.clone(), arguments.sandbox.clone());
     // Which variables are passed on is the policy's, where it can be read here; what it is, is the daemon's to say.
-    let policy = Policies::of_host().load(&name).ok();
+    let policy = if living.is_none() { Policies::of_host().load(&name).ok() } else { None };
     let wishes = match wishes(arguments, policy.as_ref()) {
         Ok(wishes) => wishes,
         Err(error) => return refuse(&error),
     };
-    let command = name_of(&wishes);
-    let ran = through_daemon::run(client, socket, &name, wishes);
-    say_what_came(ran, &command, socket, report_to.as_deref(), report_file)
-}
-
-/// A run in a sandbox that lives in the daemon.
-fn in_living(
-    arguments: ExecArguments,
-    client: Client,
-    socket: &Path,
-    report_file: Option<&ReportFile>,
-) -> ExitCode {
-    let report_to = arguments.report.clone();
-    let sandbox = arguments.sandbox.clone().unwrap_or_default();
-    let wishes = match wishes(arguments, None) {
-        Ok(wishes) => wishes,
-        Err(error) => return refuse(&error),
+    let command = wishes.command.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let ran = match living {
+        Some(sandbox) => through_daemon::run_in(client, socket, &sandbox, &wishes),
+        None => through_daemon::run(client, socket, &name, &wishes),
     };
-    let ran = through_daemon::run_in(client, socket, &sandbox, &wishes);
-    say_what_came(ran, &name_of(&wishes), socket, report_to.as_deref(), report_file)
-}
-
-fn name_of(wishes: &Wishes) -> String {
-    wishes.command.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+    say_what_came(ran, &command, socket, report_to.as_deref(), report_file)
 }
 
 fn say_what_came(

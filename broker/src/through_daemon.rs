@@ -18,9 +18,9 @@ use crate::protocol::{Directory, Execute, Executed, Limits, Mode, Ran, Run, Sign
 use crate::say::complain;
 
 /// Runs the command of `wishes` under the policy of that name, and returns the report.
-pub fn run(mut client: Client, socket: &Path, policy: &str, wishes: Wishes) -> Result<Value, ClientError> {
+pub fn run(mut client: Client, socket: &Path, policy: &str, wishes: &Wishes) -> Result<Value, ClientError> {
     let signals = blocked()?;
-    let Offered { mut descriptors, streams, pumps } = Offered::of(&wishes)?;
+    let Offered { mut descriptors, streams, pumps } = Offered::of(wishes)?;
     let workspace = wishes.workspace.as_ref().map(|wish| -> io::Result<Directory> {
         descriptors.push(open(&wish.directory, OFlags::PATH)?);
         let (mode, directory) = match wish.mode {
@@ -33,8 +33,8 @@ pub fn run(mut client: Client, socket: &Path, policy: &str, wishes: Wishes) -> R
     });
     let run = Run {
         policy: policy.to_owned(),
-        command: words(&wishes)?,
-        environment: variables(&wishes)?,
+        command: words(wishes)?,
+        environment: variables(wishes)?,
         path: std::env::var("PATH").unwrap_or_default(),
         streams,
         workspace: workspace.transpose()?,

@@ -6,7 +6,6 @@ use std::io;
 
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, setrlimit};
-use rustix::fd::BorrowedFd;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch};
 
 use crate::confine;
@@ -65,7 +64,7 @@ pub fn confine_role(uid: u32, network: Reachable) -> io::Result<()> {
     let filter = filter()?;
     let abi = sys::landlock_abi().min(LANDLOCK_ABI_TESTED);
     let standard = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
-    sys::close_all_but(&standard.map(|stream: BorrowedFd<'static>| stream))?;
+    sys::close_all_but(&standard)?;
     let own = if network == Reachable::Nothing { CloneFlags::CLONE_NEWNET } else { CloneFlags::empty() };
     unshare(own | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)?;
     confine::stand_on_nothing()?;

@@ -1,5 +1,6 @@
 //! What sandboxes changed in workspaces that were not to be changed: kept below the state directory, where only root comes, until
-//! it is thrown away. Nothing here reads what a workload wrote; it is handed over or removed.
+//! it is thrown away. Of what a workload wrote only names are read here, to
+//! see that there are any and to remove them.
 
 use std::fs;
 use std::io;

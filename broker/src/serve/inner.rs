@@ -22,7 +22,7 @@ use crate::rights;
 
 /// The longest packet; what a peer may send is cut to fit long before.
 pub const PACKET_BYTES_MAX: usize = 160 << 10;
-/// Two ends of a channel, three streams, a workspace.
+/// Two ends of a channel, one of a handle, three streams, a workspace, a pidfd.
 const DESCRIPTORS_MAX: usize = 8;
 
 /// From the launcher to the core.

@@ -45,16 +45,9 @@ impl Core {
         asker: &Asker,
         Named { sandbox }: Named,
     ) -> Result<(), End> {
-        let Some(held) = self.held_of(asker, &sandbox) else { return no_such(connection, &sandbox).await };
-        // It may be another principal's by now, and what is handed over once is kept.
-        if self.table().sandboxes.contains_key(&sandbox) {
-            return self.deny(connection, asker, "Changes", lives()).await;
-        }
-        let mut event = asker.event("open");
-        event["sandbox"] = sandbox.as_str().into();
-        if !self.audit.record(event).await {
-            return self.deny(connection, asker, "Changes", Denial::not_recorded()).await;
-        }
+        let Some(held) = self.claim(connection, asker, "Changes", "open", &sandbox).await? else {
+            return Ok(());
+        };
         match self.errand(&sandbox, Errand::Show).await {
             Ok(Some(directory)) => connection.hand_over(Shown { held, directory: 0 }, directory).await,
             Ok(None) => Err(End::Failed),
@@ -69,16 +62,8 @@ impl Core {
         asker: &Asker,
         Named { sandbox }: Named,
     ) -> Result<(), End> {
-        if self.held_of(asker, &sandbox).is_none() {
-            return no_such(connection, &sandbox).await;
-        }
-        if self.table().sandboxes.contains_key(&sandbox) {
-            return self.deny(connection, asker, "Discard", lives()).await;
-        }
-        let mut event = asker.event("discard");
-        event["sandbox"] = sandbox.as_str().into();
-        if !self.audit.record(event).await {
-            return self.deny(connection, asker, "Discard", Denial::not_recorded()).await;
+        if self.claim(connection, asker, "Discard", "discard", &sandbox).await?.is_none() {
+            return Ok(());
         }
         match self.errand(&sandbox, Errand::Discard).await {
             Ok(_) => {
@@ -87,6 +72,36 @@ impl Core {
             }
             Err(message) => self.failed(connection, message).await,
         }
+    }
+
+    /// What is held for the asker of a sandbox that has ended, once it is recorded as `kind` what becomes of it; nothing where
+    /// the answer was no, and has been given.
+    async fn claim(
+        &self,
+        connection: &Connection,
+        asker: &Asker,
+        method: &str,
+        kind: &str,
+        id: &str,
+    ) -> Result<Option<Held>, End> {
+        let Some(held) = self.held_of(asker, id) else {
+            no_such(connection, id).await?;
+            return Ok(None);
+        };
+        // While it lives it may be another principal's by now, and what is handed over once is kept.
+        let denial = if self.table().sandboxes.contains_key(id) {
+            let message = "the sandbox lives, and what it changes is its own as long; `broker kill` ends it";
+            Denial::new(Code::Lives, message)
+        } else {
+            let mut event = asker.event(kind);
+            event["sandbox"] = id.into();
+            if self.audit.record(event).await {
+                return Ok(Some(held));
+            }
+            Denial::not_recorded()
+        };
+        self.deny(connection, asker, method, denial).await?;
+        Ok(None)
     }
 
     fn held_of(&self, asker: &Asker, id: &str) -> Option<Held> {
@@ -113,13 +128,6 @@ impl Core {
             None => Err("the launcher's errand ended".to_owned()),
         }
     }
-}
-
-fn lives() -> Denial {
-    Denial::new(
-        Code::Lives,
-        "the sandbox lives, and what it changes is its own as long; `broker kill` ends it",
-    )
 }
 
 fn owns(asker: &Asker, held: &Held) -> bool {
