@@ -3,6 +3,7 @@ import array
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -14,6 +15,16 @@ from start import BWRAP
 
 TITLE, UNIT, RATIOS = "a confined true, asked of the daemon", "ms", ["bubblewrap", "fork + exec"]
 APT, CARGO = ["bubblewrap"], []
+
+
+def kill_all(pids):
+    """End children of this process, whether they still live or not."""
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
 
 
 class Peer:

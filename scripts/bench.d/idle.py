@@ -3,12 +3,11 @@ import os
 import re
 import resource
 import shlex
-import signal
 import subprocess
 import time
 
 from __main__ import alternate, find
-from daemon import Daemon, Peer
+from daemon import Daemon, Peer, kill_all
 from start import BWRAP
 
 TITLE, UNIT, RATIOS = "memory of one that waits, of a thousand", "KiB each", ["unshare"]
@@ -79,12 +78,7 @@ def spawned(command):
             raise RuntimeError(f"{len(gone)} of {COUNT} do not sleep")
 
     def end():
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            except (ProcessLookupError, ChildProcessError):
-                pass
+        kill_all(pids)
 
     return begin, end
 

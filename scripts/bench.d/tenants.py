@@ -11,7 +11,7 @@ import socket
 import time
 
 from __main__ import RUNS, alternate
-from daemon import Daemon, Peer
+from daemon import Daemon, Peer, kill_all
 
 TITLE, UNIT = "a confined true, asked of the daemon by one tenant", "ms"
 RATIOS, RATIO_OF, APT, CARGO = ["beside who computes", "beside who talks"], "p99", [], []
@@ -196,12 +196,7 @@ def beside(daemon, ways):
         return samples
     finally:
         os.seteuid(0)
-        for pid in others:
-            try:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            except (ProcessLookupError, ChildProcessError):
-                pass
+        kill_all(others)
 
 
 def run():

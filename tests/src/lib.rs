@@ -363,6 +363,13 @@ fn slot_processes() -> Vec<String> {
     entries.filter_map(status).filter(of_slot).filter_map(|status| field(&status, "Name:")).collect()
 }
 
+/// How many network namespaces the kernel holds, from outside; they are taken down in its own time.
+pub fn network_namespaces() -> usize {
+    let slab = std::fs::read_to_string("/proc/slabinfo").expect("slabinfo can be read as root");
+    let line = slab.lines().find(|line| line.starts_with("net_namespace ")).expect("the kernel counts them");
+    line.split_whitespace().nth(1).and_then(|count| count.parse().ok()).expect("a number")
+}
+
 /// Waits until `done`, at most two seconds; then fails with `message`.
 pub fn settle(done: impl Fn() -> bool, message: impl Fn() -> String) {
     for _ in 0..200 {

@@ -74,6 +74,7 @@ check "systemctl restart" "systemctl restart broker.service && [ \$(main) != $be
 run sleep 100 2>/dev/null &
 check "a sandbox lives" "within 20 'pgrep -x sleep'"
 check "the record is whole" "broker audit verify"
+check "and in the journal, with fields" "journalctl --no-pager -q -o cat BROKER_KIND=start BROKER_UID=1500 | grep -q '\"kind\":\"start\"'"
 echo "     systemd-analyze security broker.service, without what it praises:"
 LC_ALL=C.UTF-8 systemd-analyze security --no-pager broker.service | grep -v '^✓' | sed 's/^/     /'
 

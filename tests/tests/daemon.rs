@@ -2,6 +2,10 @@
 
 #[path = "daemon/changes.rs"]
 mod changes;
+#[path = "daemon/changes_attacked.rs"]
+mod changes_attacked;
+#[path = "daemon/exhaustion.rs"]
+mod exhaustion;
 #[path = "daemon/holders.rs"]
 mod holders;
 #[path = "daemon/hostile.rs"]

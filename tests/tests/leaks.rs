@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use broker_tests::{leftovers, program, settle};
+use broker_tests::{leftovers, network_namespaces, program, settle};
 
 /// 2,000 in `scripts/test`; `scripts/soak` asks for 100,000.
 fn runs() -> usize {
@@ -16,13 +16,6 @@ fn broker() -> Command {
     let mut command = Command::new(program("broker"));
     command.args(["exec", "--embedded"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     command
-}
-
-/// What the kernel holds for namespaces and mounts, from outside: each network namespace has a line of its own here.
-fn network_namespaces() -> usize {
-    let slab = fs::read_to_string("/proc/slabinfo").expect("slabinfo can be read as root");
-    let line = slab.lines().find(|line| line.starts_with("net_namespace ")).expect("the kernel counts them");
-    line.split_whitespace().nth(1).and_then(|count| count.parse().ok()).expect("a number")
 }
 
 /// Method: runs by two workers, half of them with a workspace, a tenth with a time-out. Oracle: mounts, control groups,

@@ -7,16 +7,29 @@ use super::*;
 
 const POOL: &str = "[pool]\nnetworks = 2\nwarm = { default = 2 }\n";
 
-fn warm(daemon: &Daemon) -> u64 {
+/// How many wait, by the daemon's own count.
+fn warm(daemon: &Daemon, policy: &str) -> u64 {
     let peer = Peer::new(daemon);
     peer.send("Metrics", &json!({}), false, &[]);
     let text = peer.reply().0["parameters"]["text"].as_str().unwrap_or_default().to_owned();
-    let line = text.lines().find_map(|line| line.strip_prefix("broker_pool{policy=\"default\"} "));
+    let name = format!("broker_pool{{policy=\"{policy}\"}} ");
+    let line = text.lines().find_map(|line| line.strip_prefix(&name));
     line.and_then(|count| count.parse().ok()).unwrap_or_default()
 }
 
+fn wait_for(daemon: &Daemon, policy: &str, count: u64) {
+    assert!(within(Duration::from_secs(10), || warm(daemon, policy) == count), "{}", daemon.log());
+}
+
 fn full(daemon: &Daemon) {
-    assert!(within(Duration::from_secs(10), || warm(daemon) == 2), "{}", daemon.log());
+    wait_for(daemon, "default", 2);
+}
+
+/// The network namespaces of the inits that there are, as the kernel names them.
+fn networks(daemon: &Daemon) -> Vec<String> {
+    let inits = children(daemon.process.id()).into_iter().flat_map(|pid| children(pid.cast_unsigned()));
+    let name = |pid: i32| Some(fs::read_link(format!("/proc/{pid}/ns/net")).ok()?.display().to_string());
+    inits.filter_map(name).collect()
 }
 
 fn report(output: &Output) -> Value {
@@ -57,11 +70,13 @@ fn each_warm_sandbox_is_used_once() {
     let mut seen = std::collections::BTreeSet::new();
     for turn in 0..6 {
         full(&daemon);
+        let made = networks(&daemon);
         let script =
             "ls /tmp; touch /tmp/here; readlink /proc/self/ns/net /proc/self/ns/mnt /proc/self/ns/pid";
         let output = daemon.exec(ADA, &[], &["sh", "-c", script]);
         let said = text(&output.stdout);
         assert_eq!(said.lines().count(), 3, "it is empty: {said} {}", text(&output.stderr));
+        assert!(made.iter().any(|network| said.starts_with(network)), "it was there before: {made:?} {said}");
         assert!(seen.insert(said), "turn {turn}");
     }
     let started = daemon.records().iter().filter(|record| record["event"]["kind"] == "start").count();
@@ -75,13 +90,6 @@ fn statuses_and_reports_of_warm_sandboxes_are_those_of_new_ones() {
     let policies = "mkdir -p /etc/broker && mount -t tmpfs none /etc/broker && mkdir /etc/broker/policies && \
         printf 'extends = \"default\"\\n[limits]\\ntimeout = \"1s\"\\ngrace = \"200ms\"\\nmemory = \"64MiB\"\\n' > /etc/broker/policies/short.toml";
     let mut daemon = Daemon::start_with(policies, "[pool]\nwarm = { short = 2 }\n");
-    let warm = || {
-        let peer = Peer::new(&daemon);
-        peer.send("Metrics", &json!({}), false, &[]);
-        peer.reply().0["parameters"]["text"]
-            .as_str()
-            .is_some_and(|text| text.contains("{policy=\"short\"} 2"))
-    };
     let hog = "x = bytearray(200 << 20); x[::4096] = b'a' * len(x[::4096])";
     for (command, code, kind, by) in [
         (vec!["sh", "-c", "exit 7"], 7, "exited", "command"),
@@ -90,7 +98,7 @@ fn statuses_and_reports_of_warm_sandboxes_are_those_of_new_ones() {
         (vec!["sh", "-c", "trap '' TERM; while :; do :; done"], 124, "timed_out", "policy"),
         (vec!["python3", "-c", hog], 137, "oom", "limit"),
     ] {
-        assert!(within(Duration::from_secs(10), warm), "{}", daemon.log());
+        wait_for(&daemon, "short", 2);
         let path = folder.path().join("report");
         let output =
             daemon.exec(0, &["--policy", "short", "--report", &path.display().to_string()], &command);
@@ -142,12 +150,12 @@ fn what_was_made_under_an_older_policy_is_not_used() {
     fs::write(&file, policy("old")).expect("a policy");
     let daemon = Daemon::start_with(&policies(folder.path()), "[pool]\nwarm = { mine = 1 }\n");
     let which = || text(&daemon.exec(0, &["--policy", "mine"], &["sh", "-c", "echo $WHICH"]).stdout);
-    std::thread::sleep(Duration::from_millis(300));
+    wait_for(&daemon, "mine", 1);
     assert_eq!(which(), "old\n");
-    std::thread::sleep(Duration::from_millis(300));
+    wait_for(&daemon, "mine", 1);
     fs::write(&file, policy("new")).expect("a policy");
-    assert_eq!(which(), "new\n");
-    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(which(), "new\n", "the one that waited is old");
+    wait_for(&daemon, "mine", 1);
     assert_eq!(which(), "new\n");
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::time::Instant;
 
-use broker_tests::{leftovers, settle};
+use broker_tests::{leftovers, network_namespaces, settle};
 use serde_json::json;
 
 use super::lives::Peer;
@@ -59,13 +59,6 @@ fn held(daemon: &Daemon) -> BTreeMap<&'static str, Held> {
 fn mounts(daemon: &Daemon) -> Vec<String> {
     let table = fs::read_to_string(format!("/proc/{}/mountinfo", daemon.process.id())).expect("it lives");
     table.lines().map(str::to_owned).collect()
-}
-
-/// The kernel's count; they are taken down in its own time.
-fn network_namespaces() -> usize {
-    let slab = fs::read_to_string("/proc/slabinfo").expect("root may look");
-    let line = slab.lines().find(|line| line.starts_with("net_namespace ")).expect("the kernel counts them");
-    line.split_whitespace().nth(1).and_then(|count| count.parse().ok()).expect("a number")
 }
 
 /// A call whose reply brings no descriptor.
