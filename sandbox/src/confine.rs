@@ -254,8 +254,12 @@ pub(crate) fn stand_on_nothing() -> io::Result<()> {
     files::read_only_here(openat(rustix::fs::CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-/// Another user and group, in no other group, with no capability left and no way to one.
-pub(crate) fn become_nobody(uid: u32) -> io::Result<()> {
+/// Makes this process another user and group's, in no other group, with no capability left and no way to one. The caller is
+/// root and has one thread.
+///
+/// # Errors
+/// As the call that failed.
+pub fn become_nobody(uid: u32) -> io::Result<()> {
     use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
     let (kuid, kgid) = (Uid::from_raw(uid), Gid::from_raw(uid));
     setgroups(&[])?;

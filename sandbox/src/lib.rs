@@ -30,6 +30,7 @@ mod workspace;
 
 pub use cgroup::GroupError;
 pub use changes::{discard_changes, is_unchanged, remove_tree, show_changes};
+pub use confine::become_nobody;
 pub use host::{Caller, Cgroups, Controller, Device, Host, PathKind};
 pub use job::{Job, NarrowError, Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish};
 pub use launch::{Given, LaunchError, fork_supervisor, network_namespace, run, run_given, shared_directory};
@@ -49,5 +50,5 @@ pub use role::{Reachable, confine_role};
 pub use slot::SlotError;
 pub use streams::classify as classify_streams;
 pub use supervise::{Heard, PASSED_ON};
-pub use sys::{drop_bounding_set, take_passed_descriptor, unread_by_peer};
+pub use sys::{take_passed_descriptor, unread_by_peer};
 pub use workspace::WorkspaceError;

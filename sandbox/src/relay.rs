@@ -1,15 +1,15 @@
 //! Copies the standard streams that may not go in as they are. A process of its own: it reads what a workload wrote, so it
 //! has no capability, a uid of its own, nothing open but its streams, and may make a handful of system calls.
 
-use std::collections::BTreeMap;
 use std::io;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+use seccompiler::BpfProgram;
 
+use crate::seccomp;
 use crate::sys::{self, Side};
 
 /// A copy from one descriptor to another.
@@ -65,7 +65,7 @@ impl Relay {
     /// # Errors
     /// When the process cannot be made. What fails inside it ends it, and so the streams.
     pub(crate) fn start(flows: Vec<Flow>, cap: Option<u64>, uid: u32) -> io::Result<Relay> {
-        let filter = filter()?;
+        let filter = seccomp::nothing_but(&CALLS)?;
         let (counts, report) = pipe_with(PipeFlags::CLOEXEC)?;
         match sys::clone3(0, None)? {
             Side::Parent { pidfd, .. } => Ok(Relay { pidfd, counts }),
@@ -126,26 +126,18 @@ fn drop_everything(flows: &[Flow], report: &OwnedFd, uid: u32, filter: &BpfProgr
 }
 
 /// Read, write, wait and end; anything else ends the relay.
-fn filter() -> io::Result<BpfProgram> {
-    let calls = [
-        libc::SYS_read,
-        libc::SYS_write,
-        libc::SYS_ppoll,
-        libc::SYS_close,
-        libc::SYS_exit_group,
-        libc::SYS_rt_sigreturn,
-        libc::SYS_restart_syscall,
-        // The allocator, when the flows are dropped.
-        libc::SYS_brk,
-        libc::SYS_munmap,
-    ];
-    let mut rules: BTreeMap<i64, Vec<seccompiler::SeccompRule>> = calls.map(|call| (call, Vec::new())).into();
-    #[cfg(target_arch = "x86_64")]
-    rules.insert(libc::SYS_poll, Vec::new());
-    let arch = if cfg!(target_arch = "aarch64") { TargetArch::aarch64 } else { TargetArch::x86_64 };
-    let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, arch);
-    filter.and_then(TryInto::try_into).map_err(io::Error::other)
-}
+const CALLS: [libc::c_long; 9] = [
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_ppoll,
+    libc::SYS_close,
+    libc::SYS_exit_group,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_restart_syscall,
+    // The allocator, when the flows are dropped.
+    libc::SYS_brk,
+    libc::SYS_munmap,
+];
 
 /// One flow under way.
 struct Copying {

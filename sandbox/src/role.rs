@@ -1,15 +1,14 @@
 //! Confines the process itself, for good: a part of a daemon that waits on its channel, holds what others must not see, and has
 //! no use for the rest of the system.
 
-use std::collections::BTreeMap;
 use std::io;
 
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, setrlimit};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch};
 
 use crate::confine;
 use crate::plan::{LANDLOCK_ABI_TESTED, LandlockPlan};
+use crate::seccomp;
 use crate::sys;
 
 /// What a role reaches of networks.
@@ -61,7 +60,7 @@ const CALLS: [libc::c_long; 25] = [
 /// # Errors
 /// As the call that failed. The process is then of no use, and has to end.
 pub fn confine_role(uid: u32, network: Reachable) -> io::Result<()> {
-    let filter = filter()?;
+    let filter = seccomp::nothing_but(&CALLS)?;
     let abi = sys::landlock_abi().min(LANDLOCK_ABI_TESTED);
     let standard = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
     sys::close_all_but(&standard)?;
@@ -78,13 +77,4 @@ pub fn confine_role(uid: u32, network: Reachable) -> io::Result<()> {
     nix::sys::prctl::set_no_new_privs()?;
     confine::landlock_restrict(&LandlockPlan { abi, rules: Vec::new() })?;
     seccompiler::apply_filter(&filter).map_err(io::Error::other)
-}
-
-fn filter() -> io::Result<BpfProgram> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = CALLS.map(|call| (call, Vec::new())).into();
-    #[cfg(target_arch = "x86_64")]
-    rules.insert(libc::SYS_poll, Vec::new());
-    let arch = if cfg!(target_arch = "aarch64") { TargetArch::aarch64 } else { TargetArch::x86_64 };
-    let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, arch);
-    filter.and_then(TryInto::try_into).map_err(io::Error::other)
 }

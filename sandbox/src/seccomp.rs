@@ -12,9 +12,11 @@ mod numbers;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::io;
 
-use seccompiler::BpfProgram;
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch};
 
 use crate::plan::SeccompPlan;
 use assemble::Assembly;
@@ -43,6 +45,20 @@ impl fmt::Display for FilterError {
 }
 
 impl std::error::Error for FilterError {}
+
+/// A program that allows `calls`, and ends whoever makes another: for processes of our own, which know what they call.
+///
+/// # Errors
+/// When it does not compile.
+pub fn nothing_but(calls: &[libc::c_long]) -> io::Result<BpfProgram> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = calls.iter().map(|call| (*call, Vec::new())).collect();
+    // The C library's poll(3).
+    #[cfg(target_arch = "x86_64")]
+    rules.insert(libc::SYS_poll, Vec::new());
+    let arch = if cfg!(target_arch = "aarch64") { TargetArch::aarch64 } else { TargetArch::x86_64 };
+    let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, arch);
+    filter.and_then(TryInto::try_into).map_err(io::Error::other)
+}
 
 /// The program for `plan`.
 ///

@@ -19,7 +19,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
 
-use nix::unistd::{Gid, Uid, chown, setgroups, setresgid, setresuid};
+use nix::unistd::{Gid, Uid, chown};
 
 use crate::library::Policies;
 use crate::say::complain;
@@ -155,11 +155,7 @@ pub fn role_core() -> ExitCode {
 }
 
 fn give_up_everything() -> io::Result<()> {
-    let (uid, gid) = (Uid::from_raw(CORE_ID), Gid::from_raw(CORE_ID));
-    setgroups(&[])?;
-    sandbox::drop_bounding_set()?;
-    setresgid(gid, gid, gid)?;
-    setresuid(uid, uid, uid)?;
+    sandbox::become_nobody(CORE_ID)?;
     nix::sys::prctl::set_no_new_privs()?;
     nix::sys::prctl::set_dumpable(false)?;
     // A core without its launcher is nobody's.
