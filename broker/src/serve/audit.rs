@@ -57,10 +57,19 @@ impl Audit {
     /// Records `event`; whether it is durable.
     pub async fn record(&self, event: Value) -> bool {
         let began = Instant::now();
-        let (done, durable) = tokio::sync::oneshot::channel();
-        let durable = self.queue.send((event, done)).is_ok() && durable.await.unwrap_or(false);
+        let durable = self.write(Some(event)).await;
         self.metrics.recorded_in(began.elapsed());
         durable
+    }
+
+    /// Returns when everything that was to be recorded before is.
+    pub async fn settle(&self) {
+        self.write(None).await;
+    }
+
+    async fn write(&self, event: Option<Value>) -> bool {
+        let (done, durable) = tokio::sync::oneshot::channel();
+        self.queue.send((event, done)).is_ok() && durable.await.unwrap_or(false)
     }
 }
 
@@ -80,16 +89,16 @@ struct Writer {
     journal: Option<Journal>,
 }
 
-type Waiting = (Value, tokio::sync::oneshot::Sender<bool>);
+type Waiting = (Option<Value>, tokio::sync::oneshot::Sender<bool>);
 
 impl Writer {
     fn run(&mut self, waiting: &mpsc::Receiver<Waiting>) {
         while let Ok(first) = waiting.recv() {
-            let (events, done): (Vec<Value>, Vec<_>) =
+            let (events, done): (Vec<Option<Value>>, Vec<_>) =
                 std::iter::once(first).chain(waiting.try_iter()).unzip();
             let before = self.verified.clone();
             let written = self.rotate().and_then(|whole| {
-                self.append(events).map_err(|error| {
+                self.append(events.into_iter().flatten()).map_err(|error| {
                     self.verified = before;
                     // No half a line stays; where even that cannot be had, the next start finds it and refuses.
                     self.file.set_len(whole).err().unwrap_or(error)
@@ -121,7 +130,7 @@ impl Writer {
         Ok(0)
     }
 
-    fn append(&mut self, events: Vec<Value>) -> io::Result<Vec<Line>> {
+    fn append(&mut self, events: impl Iterator<Item = Value>) -> io::Result<Vec<Line>> {
         let mut text = Vec::new();
         let mut lines = Vec::new();
         for event in events {

@@ -148,6 +148,12 @@ async fn hear(core: Arc<Core>) -> io::Result<()> {
                 }
             }
             Some((ToCore::Held(held), _)) => core.hold(Some(Box::new(held))),
+            Some((ToCore::Stop, _)) => {
+                // Tasks that were begun have their turn before.
+                tokio::task::yield_now().await;
+                core.audit.settle().await;
+                return Ok(());
+            }
             Some((ToCore::Ping, _)) => core.tell(&ToLauncher::Serving, &[]).await?,
             Some((ToCore::Setup(_), _)) => {}
         }

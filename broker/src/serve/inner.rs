@@ -33,6 +33,8 @@ pub enum ToCore {
     Setup(Config),
     /// Are you there?
     Ping,
+    /// End, when what is to be recorded is.
+    Stop,
     /// What a sandbox has changed, and nobody has thrown away.
     Held(Held),
     /// A role that waits for work. The descriptor is the line to it.

@@ -29,6 +29,8 @@ const RESTART_PAUSE: Duration = Duration::from_millis(100);
 const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// After so long without a request something can be made ahead.
 const IDLE: Duration = Duration::from_millis(5);
+/// How long a core that is told to stop may take.
+const SETTLE_MAX: Duration = Duration::from_secs(2);
 /// What tells a supervisor to end its sandbox at once.
 const END: Signal = Signal::ALARM;
 
@@ -64,6 +66,16 @@ pub struct Launcher {
 struct Core {
     process: Child,
     channel: OwnedFd,
+}
+
+impl Core {
+    /// Gives it time to record how the last sandboxes ended.
+    fn settle(&self) {
+        let then = Instant::now() + SETTLE_MAX;
+        if send(&self.channel, &ToCore::Stop, &[], SendFlags::DONTWAIT).is_ok() {
+            let _ = poll(&mut [PollFd::new(&self.channel, PollFlags::empty())], Some(&until(then)));
+        }
+    }
 }
 
 enum Turn {
@@ -106,6 +118,9 @@ impl Launcher {
             match self.start_core() {
                 Ok(mut core) => {
                     let stop = self.serve(&core)?;
+                    if stop {
+                        core.settle();
+                    }
                     let _ = core.process.kill();
                     let ended = core.process.wait()?;
                     if stop {
