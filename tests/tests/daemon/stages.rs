@@ -163,21 +163,27 @@ fn assert_given_back(daemon: &Daemon, scene: &Scene, victim: Victim, other: &Oth
 
 /// What was not recorded was not begun; and of what was, a daemon that is there has recorded the end.
 fn assert_recorded(daemon: &Daemon, stage: Stage, victim: Victim, other: &Other) {
-    let records = daemon.records();
     let of = |kinds: &[&str]| -> BTreeSet<String> {
+        let records = daemon.records();
         let events = records.iter().map(|record| &record["event"]);
         let wanted = events.filter(|event| kinds.iter().any(|kind| event["kind"] == *kind));
         let names = wanted.filter_map(|event| Some(event["sandbox"].as_str()?.to_owned()));
         names.filter(|id| !other.ids.contains(id)).collect()
     };
-    let (begun, ended) = (of(&["start", "provision"]), of(&["end"]));
+    let begun = of(&["start", "provision"]);
     if victim == Victim::Launcher {
         assert_eq!(begun.len(), usize::from(stage != Stage::Asked), "{stage:?} {victim:?}: {begun:?}");
         return;
     }
     // One more is the next run.
     let expected = if (stage, victim) == (Stage::Asked, Victim::Core) { 1 } else { 2 };
-    assert_eq!((begun.len(), &ended), (expected, &begun), "{stage:?} {victim:?}");
+    assert_eq!(begun.len(), expected, "{stage:?} {victim:?}");
+    // Nobody waits for the record of an end.
+    assert!(
+        within(Duration::from_secs(5), || of(&["end"]) == begun),
+        "{stage:?} {victim:?}: {:?}",
+        of(&["end"])
+    );
 }
 
 /// Mounts of the host, without the number of each, which is new whenever another comes and goes.
