@@ -103,7 +103,7 @@ def run():
                 for name, command, also in rows]
         live = Peer(plain.socket).provision()
         rows.append({"name": "execute in a live one", "ours": True, "version": "", "command": ["Execute", "/bin/true"],
-                     "also_enforces": "as `start`, recorded durably before and after", "call": live.execute})
+                     "also_enforces": "as `start`, recorded durably before", "call": live.execute})
         env = {"PATH": "/usr/bin:/bin", "HOME": str(plain.scratch)}
         return interleave(rows, env, "/")
     finally:
