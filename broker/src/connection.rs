@@ -4,8 +4,6 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use nix::sys::socket::getsockopt;
-use nix::sys::socket::sockopt::PeerPidfd;
 use passfd::FdPassingExt;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::net::RecvFlags;
@@ -53,9 +51,9 @@ impl Connection {
         Connection { stream, assembler: Assembler::default(), quiet: false }
     }
 
-    /// The process that connected (`SO_PEERPIDFD`, socket(7)), where the kernel tells and it is still there.
-    pub fn process(&self) -> Option<OwnedFd> {
-        getsockopt(&self.stream, PeerPidfd).ok()
+    /// Ends it for the peer, whoever else still has a copy of our end (shutdown(2)).
+    pub fn hang_up(&self) {
+        let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);
     }
 
     /// The next message and its descriptors.
@@ -146,6 +144,12 @@ impl Connection {
             left = &left[count..];
         }
         Ok(())
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
     }
 }
 

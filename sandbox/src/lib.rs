@@ -46,9 +46,9 @@ pub use policy::{
     Policy, PolicyError, PolicyFile, PolicyName, Presets, Span, WordError, schema as policy_schema,
 };
 pub use report::{Denials, EndedBy, Enforcement, Outcome, Report, Usage};
-pub use role::{Reachable, confine_role};
+pub use role::{Reachable, confine_role, confine_server};
 pub use slot::SlotError;
 pub use streams::classify as classify_streams;
 pub use supervise::{Heard, PASSED_ON};
-pub use sys::{take_passed_descriptor, unread_by_peer};
+pub use sys::{file_of_socket, take_passed_descriptor, unread_by_peer};
 pub use workspace::WorkspaceError;

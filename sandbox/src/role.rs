@@ -2,12 +2,13 @@
 //! no use for the rest of the system.
 
 use std::io;
+use std::path::Path;
 
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, setrlimit};
 
 use crate::confine;
-use crate::plan::{LANDLOCK_ABI_TESTED, LandlockPlan};
+use crate::plan::{LANDLOCK_ABI_TESTED, LandlockAccess, LandlockPlan};
 use crate::seccomp;
 use crate::sys;
 
@@ -52,6 +53,88 @@ const CALLS: [libc::c_long; 25] = [
     libc::SYS_exit,
     libc::SYS_exit_group,
 ];
+
+/// What a process that speaks with peers calls beyond that: it accepts, connects, waits for many at once, has threads and files. It
+/// executes nothing.
+const SERVER_CALLS: [libc::c_long; 49] = [
+    libc::SYS_accept4,
+    libc::SYS_bind,
+    libc::SYS_clone,
+    libc::SYS_clone3,
+    libc::SYS_connect,
+    libc::SYS_dup,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_eventfd2,
+    libc::SYS_fcntl,
+    libc::SYS_fdatasync,
+    libc::SYS_fstat,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_getdents64,
+    libc::SYS_geteuid,
+    libc::SYS_getpeername,
+    libc::SYS_getpid,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_getuid,
+    libc::SYS_ioctl,
+    libc::SYS_lseek,
+    libc::SYS_membarrier,
+    libc::SYS_mprotect,
+    libc::SYS_newfstatat,
+    libc::SYS_openat,
+    libc::SYS_prctl,
+    libc::SYS_pread64,
+    libc::SYS_prlimit64,
+    libc::SYS_pwrite64,
+    libc::SYS_readlinkat,
+    libc::SYS_readv,
+    libc::SYS_renameat,
+    libc::SYS_rseq,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_set_robust_list,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    libc::SYS_socket,
+    libc::SYS_socketpair,
+    libc::SYS_statfs,
+    libc::SYS_statx,
+    libc::SYS_tgkill,
+    libc::SYS_unlinkat,
+    libc::SYS_write,
+    libc::SYS_writev,
+];
+
+/// Older names of the same calls, which the C library still uses where they are to be had.
+#[cfg(target_arch = "x86_64")]
+const SERVER_CALLS_OLD: [libc::c_long; 6] = [
+    libc::SYS_access,
+    libc::SYS_epoll_wait,
+    libc::SYS_open,
+    libc::SYS_readlink,
+    libc::SYS_rename,
+    libc::SYS_stat,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const SERVER_CALLS_OLD: [libc::c_long; 0] = [];
+
+/// Confines a process that speaks with peers and has given up its ids ([`crate::become_nobody`]): it reads below `read` and writes
+/// below `write`, sends no signal to what is not confined like it, and executes nothing. From here on another call than those that
+/// serving takes ends it.
+///
+/// # Errors
+/// As the call that failed; also where a path is not there. The process is then of no use, and has to end.
+pub fn confine_server(read: &Path, write: &Path) -> io::Result<()> {
+    let filter = seccomp::nothing_but(&[&CALLS[..], &SERVER_CALLS, &SERVER_CALLS_OLD].concat())?;
+    let abi = sys::landlock_abi().min(LANDLOCK_ABI_TESTED);
+    let rules = vec![(read.to_owned(), LandlockAccess::Read), (write.to_owned(), LandlockAccess::Write)];
+    nix::sys::prctl::set_no_new_privs()?;
+    confine::landlock_restrict(&LandlockPlan { abi, rules })?;
+    seccompiler::apply_filter(&filter).map_err(io::Error::other)
+}
 
 /// Gives up everything but the standard descriptors: no file, no other process, no capability, and from the filter on no call
 /// but the few that waiting takes; any other ends the process. `uid` is the role's own, and its group's number too. The

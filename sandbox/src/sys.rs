@@ -252,6 +252,20 @@ pub fn unread_by_peer(socket: impl AsFd) -> io::Result<i32> {
     Ok(unread)
 }
 
+/// The file that a Unix socket is bound to (`SIOCUNIXFILE`, linux/un.h), opened with `O_PATH`. A socket that was accepted has
+/// the file of the one that listened, and nobody else can give a socket that file. Takes `CAP_NET_ADMIN`.
+///
+/// # Errors
+/// As ioctl(2); `ENOENT` where it is bound to none.
+pub fn file_of_socket(socket: impl AsFd) -> io::Result<OwnedFd> {
+    const SIOCUNIXFILE: libc::c_ulong = 0x89e0;
+    // SAFETY: SIOCUNIXFILE takes no argument.
+    let file = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), SIOCUNIXFILE as _, 0) };
+    check(i64::from(file))?;
+    // SAFETY: the kernel has made this descriptor for the caller, and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(file) })
+}
+
 /// Makes the end of a child be told again, whatever the caller had set: where `SIGCHLD` is ignored the kernel reaps children
 /// itself, and neither init nor the launcher would ever learn how theirs ended (signal(7)).
 pub fn hear_of_children() {

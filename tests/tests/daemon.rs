@@ -6,6 +6,8 @@ mod changes;
 mod changes_attacked;
 #[path = "daemon/exhaustion.rs"]
 mod exhaustion;
+#[path = "daemon/forged.rs"]
+mod forged;
 #[path = "daemon/holders.rs"]
 mod holders;
 #[path = "daemon/hostile.rs"]

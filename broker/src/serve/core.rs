@@ -84,13 +84,27 @@ impl From<String> for Why {
     }
 }
 
-/// Serves until the launcher goes away. The listening socket is what it gave.
-pub async fn serve(launcher: OwnedFd) -> Result<(), Why> {
-    let setup = receive::<ToCore>(&launcher, RecvFlags::empty()).map_err(|error| error.to_string())?;
-    let Some((ToCore::Setup(config), descriptors)) = setup else {
-        return Err("the launcher said nothing".to_owned().into());
-    };
-    let mut sockets = descriptors.into_iter().map(listening);
+/// The launcher's first word.
+pub struct Setup {
+    pub config: Config,
+    /// Those that listen: for peers and, where it is wanted, for Prometheus.
+    sockets: Vec<OwnedFd>,
+}
+
+impl Setup {
+    /// Waits for it.
+    pub fn receive(launcher: &OwnedFd) -> Result<Setup, Why> {
+        let setup = receive::<ToCore>(launcher, RecvFlags::empty()).map_err(|error| error.to_string())?;
+        match setup {
+            Some((ToCore::Setup(config), sockets)) => Ok(Setup { config, sockets }),
+            _ => Err("the launcher said nothing".to_owned().into()),
+        }
+    }
+}
+
+/// Serves until the launcher goes away.
+pub async fn serve(launcher: OwnedFd, Setup { config, sockets }: Setup) -> Result<(), Why> {
+    let mut sockets = sockets.into_iter().map(listening);
     let listener = sockets.next().ok_or_else(|| "the launcher gave no socket".to_owned())??;
     let scraped = sockets.next().transpose()?;
     let metrics = Arc::new(Metrics::default());
@@ -166,7 +180,7 @@ impl Core {
     }
 
     /// One call after the other, until the peer goes or breaks the protocol.
-    async fn converse(self: &Arc<Self>, mut connection: Connection, asker: &Asker) -> End {
+    async fn converse(self: &Arc<Self>, connection: &mut Connection, asker: &Asker) -> End {
         loop {
             let (message, descriptors) = match connection.receive().await {
                 Ok(received) => received,
@@ -175,7 +189,7 @@ impl Core {
             let done = match wire::call(&message) {
                 Ok(call) => {
                     connection.quiet = call.oneway;
-                    self.answer(&mut connection, asker, call, descriptors).await
+                    self.answer(connection, asker, call, descriptors).await
                 }
                 Err(breach) => Err(breach.into()),
             };

@@ -15,14 +15,14 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::config::{Config, Peer};
+use super::config::Config;
 use super::roles::Role;
 use crate::protocol::{Denial, Held, Run, Sandbox, Variable};
 use crate::rights;
 
 /// The longest packet; what a peer may send is cut to fit long before.
 pub const PACKET_BYTES_MAX: usize = 160 << 10;
-/// Two ends of a channel, one of a handle, three streams, a workspace, a pidfd.
+/// Two ends of a channel, one of a handle, three streams, a workspace, the asker's socket.
 const DESCRIPTORS_MAX: usize = 8;
 
 /// From the launcher to the core.
@@ -130,29 +130,12 @@ pub enum Done {
 pub struct Start {
     /// As it is listed.
     pub sandbox: Sandbox,
-    /// Who asked.
-    pub peer: PeerIds,
     /// What was asked for; positions count from the request's first descriptor.
     pub run: Run,
     /// What it is for. Where it waits, the command of `run` is none.
     pub kind: Kind,
-    /// The position of the caller's pidfd, where the kernel gives one.
-    pub process: Option<usize>,
-}
-
-/// A peer's ids, as they cross a channel.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub struct PeerIds {
-    /// Its user.
-    pub uid: u32,
-    /// Its group.
-    pub gid: u32,
-}
-
-impl From<Peer> for PeerIds {
-    fn from(peer: Peer) -> PeerIds {
-        PeerIds { uid: peer.uid, gid: peer.gid }
-    }
+    /// The position of the socket that the asker connected with: who that is, the kernel says. Nobody asks for a warm one.
+    pub asker: Option<usize>,
 }
 
 /// From the core to the supervisor of a sandbox that lives.

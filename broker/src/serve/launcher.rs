@@ -16,10 +16,11 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::{RecvFlags, SendFlags};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
-use super::config::Config;
+use super::config::{Accounts, Config};
 use super::inner::{Kind, Start, ToCore, ToLauncher, channel, receive, send, until};
+use super::peer::Door;
 use super::roles::Roles;
-use super::supervisor;
+use super::supervisor::{self, Service};
 use super::{CANNOT_SERVE, changes};
 use crate::protocol::Sandbox;
 use crate::say::complain;
@@ -51,6 +52,9 @@ pub struct Launcher {
     config: Config,
     /// For peers; for Prometheus.
     listeners: Vec<UnixListener>,
+    door: Door,
+    /// As they were when the core was started.
+    accounts: Accounts,
     signals: SignalFd,
     /// How often systemd is told that the core answers, and when the core was asked last.
     watchdog: Option<(Duration, Instant)>,
@@ -97,10 +101,13 @@ impl Launcher {
         // A sandbox that lives takes three descriptors here. Each has its own limit in its policy.
         let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+        let door = listeners.first().map(Door::of).ok_or(io::ErrorKind::InvalidInput)??;
         let watchdog = sd_notify::watchdog_enabled().map(|limit| (limit / 3, Instant::now()));
         Ok(Launcher {
             config,
             listeners,
+            door,
+            accounts: Accounts::default(),
             signals,
             watchdog,
             living: BTreeMap::new(),
@@ -164,7 +171,8 @@ impl Launcher {
     }
 
     /// The core gets a channel as its standard input, and nothing else.
-    fn start_core(&self) -> io::Result<Core> {
+    fn start_core(&mut self) -> io::Result<Core> {
+        self.accounts = Accounts::read();
         let (ours, theirs) = channel()?;
         let process = Command::new("/proc/self/exe")
             .arg0("broker")
@@ -332,7 +340,6 @@ impl Launcher {
         };
         let cores_handle = if matches!(start.kind, Kind::Live { .. }) { descriptors.next() } else { None };
         let (sandbox, kind) = (start.sandbox.clone(), start.kind.clone());
-        let state = self.config.server.state.clone();
         let network = self.networks.pop();
         let ready = network.is_some();
         let supervisor = sandbox::fork_supervisor(
@@ -340,7 +347,8 @@ impl Launcher {
             supervisors,
             |mut given, channel| {
                 let network = if ready { given.pop() } else { None };
-                supervisor::live(start, given, network, &state, &channel);
+                let host = Service { config: &self.config, accounts: &self.accounts, door: self.door };
+                supervisor::live(start, given, network, &host, &channel);
             },
         )?;
         let channels = std::iter::once(cores).chain(cores_handle).collect();

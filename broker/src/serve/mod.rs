@@ -8,6 +8,7 @@ mod core;
 mod inner;
 mod launcher;
 mod metrics;
+mod peer;
 mod roles;
 mod supervisor;
 
@@ -133,13 +134,17 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     listener
 }
 
-/// The core's first lines give up what it was born with; then it serves.
+/// The core's first lines give up what it was born with, and the rest of the host's files once it knows where its record is; then
+/// it serves.
 pub fn role_core() -> ExitCode {
     let served = || {
         give_up_everything().map_err(|error| format!("the core cannot drop its rights: {error}"))?;
         let launcher = io::stdin().as_fd().try_clone_to_owned().map_err(|error| error.to_string())?;
+        let setup = core::Setup::receive(&launcher)?;
+        sandbox::confine_server(Path::new("/etc"), &setup.config.server.record())
+            .map_err(|error| core::Why::Unfit(format!("the core cannot be confined: {error}")))?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
-        runtime.map_err(|error| error.to_string())?.block_on(core::serve(launcher))
+        runtime.map_err(|error| error.to_string())?.block_on(core::serve(launcher, setup))
     };
     match served() {
         Ok(()) => ExitCode::SUCCESS,

@@ -2,7 +2,6 @@
 //! It reads what the core has checked, and nothing that a workload wrote.
 
 use std::ffi::OsString;
-use std::path::Path;
 
 use rustix::fd::OwnedFd;
 use rustix::net::SendFlags;
@@ -14,19 +13,28 @@ use serde_json::json;
 
 use super::attendant::{Attendant, Only};
 use super::changes;
+use super::config::{Accounts, Config, Peer};
 use super::inner::{FromSupervisor, Kind, Start, send};
+use super::peer::Door;
 use crate::library::Policies;
 use crate::protocol::{Code, Denial, Directory, Held, Limits, Mode, Run, Sandbox, Variable};
+
+/// What it knows of the service, from the launcher, whose copy it is.
+pub struct Service<'a> {
+    pub config: &'a Config,
+    pub accounts: &'a Accounts,
+    pub door: Door,
+}
 
 /// Does it all; the descriptors are those of the request.
 pub fn live(
     start: Start,
     descriptors: Vec<OwnedFd>,
     network: Option<OwnedFd>,
-    state: &Path,
+    service: &Service<'_>,
     channel: &OwnedFd,
 ) {
-    let said = match run(start, descriptors, network, state, channel) {
+    let said = match run(start, descriptors, network, service, channel) {
         Ok(ended) => ended,
         Err(refused) => refused,
     };
@@ -42,11 +50,14 @@ fn run(
     start: Start,
     descriptors: Vec<OwnedFd>,
     network: Option<OwnedFd>,
-    state: &Path,
+    service: &Service<'_>,
     channel: &OwnedFd,
 ) -> Result<FromSupervisor, FromSupervisor> {
-    let Start { sandbox, peer, run, kind, process } = start;
+    let Start { sandbox, run, kind, asker } = start;
     let mut descriptors: Vec<Option<OwnedFd>> = descriptors.into_iter().map(Some).collect();
+    let socket = asker.and_then(|at| descriptors.get_mut(at).and_then(Option::take));
+    let (peer, process) = service.asker(socket, &kind, &sandbox, &run)?;
+    let state = service.config.server.state.as_path();
     let Run { policy, command, environment, path, streams, workspace, limits } = run;
     let policy = policy_named(&policy)?;
     let mut take = |at: usize| descriptors.get_mut(at).and_then(Option::take);
@@ -60,7 +71,6 @@ fn run(
         },
     });
     let directory = workspace.and_then(|workspace| take(workspace.descriptor));
-    let process = process.and_then(take);
     let Limits { timeout, memory, pids, cpus } = limits.unwrap_or_default();
     let kinds = streams.each_ref().map(|given| if given.is_some() { Stream::Pipe } else { Stream::Closed });
     let wishes = Wishes {
@@ -111,6 +121,32 @@ fn run(
         }
         other => other,
     })
+}
+
+impl Service<'_> {
+    /// Who asks, and its process. The core has decided already, and reads what peers send: what it says of them is not believed.
+    fn asker(
+        &self,
+        socket: Option<OwnedFd>,
+        kind: &Kind,
+        sandbox: &Sandbox,
+        run: &Run,
+    ) -> Result<(Peer, Option<OwnedFd>), FromSupervisor> {
+        let nobody = || denied(Code::PolicyNotGranted, "nobody who may have it has asked for it");
+        let Some(socket) = socket else {
+            let pooled = run.policy.parse().is_ok_and(|policy| self.config.pool.warm.contains_key(&policy));
+            let root = Peer { uid: 0, gid: 0 };
+            return if *kind == Kind::Warm && pooled && run.workspace.is_none() {
+                Ok((root, None))
+            } else {
+                Err(nobody())
+            };
+        };
+        let (peer, process) = self.door.peer_of(socket).map_err(|_| nobody())?;
+        let rights = self.config.rights(peer, self.accounts);
+        let may = run.policy.parse().is_ok_and(|policy| rights.may_use(&policy)) && sandbox.uid == peer.uid;
+        if may { Ok((peer, process)) } else { Err(nobody()) }
+    }
 }
 
 /// What is noted of changes that are held apart.

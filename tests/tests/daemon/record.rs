@@ -220,7 +220,7 @@ fn the_chain_goes_on_from_file_to_file() {
         parts.sort();
         parts
     };
-    assert!(parts().len() > 2, "{:?}", parts());
+    assert!(within(Duration::from_secs(5), || parts().len() > 2), "{:?}", parts());
     let peer = lives::Peer::new(&daemon);
     let (_, handle) = peer.provision(None);
     peer.execute(&handle, "one", "exit 5");

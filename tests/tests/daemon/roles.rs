@@ -74,6 +74,11 @@ fn each_role_is_its_own_user_and_has_nothing_but_its_channel() {
         (status(core, "Uid"), status(core, "CapBnd")),
         ("1912602624 1912602624 1912602624 1912602624".into(), "0000000000000000".into())
     );
+    // It has threads, and none from before its filter.
+    for thread in fs::read_dir(format!("/proc/{core}/task")).expect("it lives").flatten() {
+        let text = fs::read_to_string(thread.path().join("status")).expect("it lives");
+        assert!(text.contains("\nSeccomp:\t2\n") && text.contains("\nNoNewPrivs:\t1\n"), "{text}");
+    }
 }
 
 /// A gateway is started for a sandbox; until one has a use for it, by hand.

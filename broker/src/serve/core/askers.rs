@@ -1,7 +1,7 @@
 //! Who asks: peers of the listening socket by the kernel's word, and holders of narrower channels that those have minted.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,8 +29,8 @@ pub(super) struct Asker {
     pub rights: Rights,
     /// The session that a narrower channel was minted for.
     pub session: Option<String>,
-    /// Of a narrower channel, the process that minted it.
-    pub process: Option<Arc<OwnedFd>>,
+    /// Of a narrower channel, the socket that who minted it first connected with.
+    pub origin: Option<Arc<OwnedFd>>,
 }
 
 /// Whose a sandbox is: a user, or one of its sessions. What runs in a sandbox is no other principal's.
@@ -63,12 +63,9 @@ impl Asker {
         sandbox.uid == self.peer.uid && self.session.as_deref().is_none_or(below)
     }
 
-    /// The process that asks, as far as the kernel tells: its mount namespace is where its directories are.
-    pub fn process(&self, connection: &Connection) -> Option<Arc<OwnedFd>> {
-        if self.session.is_some() {
-            return self.process.clone();
-        }
-        connection.process().map(Arc::new)
+    /// The socket that says who asks, to whoever asks the kernel; `connection` is the asker's.
+    pub fn socket<'a>(&'a self, connection: &'a Connection) -> BorrowedFd<'a> {
+        self.origin.as_ref().map_or_else(|| connection.as_fd(), |origin| origin.as_fd())
     }
 
     /// The beginning of a record of what this asker did.
@@ -96,7 +93,7 @@ pub(super) async fn accept(core: Arc<Core>, listener: UnixListener) -> io::Resul
         let rights = core.config.rights(peer, &core.accounts);
         if core.enter(peer, &rights) {
             let connection = Connection::new(stream);
-            let asker = Asker { peer, rights, session: None, process: None };
+            let asker = Asker { peer, rights, session: None, origin: None };
             tokio::spawn(Arc::clone(&core).attend(connection, asker));
         }
     }
@@ -112,11 +109,13 @@ impl Core {
     /// Serves one connection that has entered, to its end. The type is written out because one of its calls makes another.
     fn attend(
         self: Arc<Self>,
-        connection: Connection,
+        mut connection: Connection,
         asker: Asker,
     ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(async move {
-            let end = self.converse(connection, &asker).await;
+            let end = self.converse(&mut connection, &asker).await;
+            connection.hang_up();
+            drop(connection);
             self.leave(asker.peer);
             if let End::Breach(breach) = end {
                 self.breach(&asker, &breach).await;
@@ -176,8 +175,12 @@ impl Core {
                 Denial::new(Code::TooMany, format!("{CONNECTIONS_MAX} connections are yours already"));
             return self.deny(connection, asker, "Narrow", denial).await;
         }
-        let process = asker.process(connection);
-        let minted = Asker { peer: asker.peer, rights, session: Some(session), process };
+        let Ok(origin) = asker.socket(connection).try_clone_to_owned() else {
+            self.leave(asker.peer);
+            return Err(End::Failed);
+        };
+        let origin = Some(Arc::new(origin));
+        let minted = Asker { peer: asker.peer, rights, session: Some(session), origin };
         let mut event = minted.event("derive");
         event["policies"] = json!(wish.policies);
         if !self.audit.record(event).await {
@@ -219,7 +222,7 @@ mod tests {
 
     fn asker(session: Option<&str>) -> Asker {
         let session = session.map(str::to_owned);
-        Asker { peer: Peer { uid: 7, gid: 7 }, rights: Rights::default(), session, process: None }
+        Asker { peer: Peer { uid: 7, gid: 7 }, rights: Rights::default(), session, origin: None }
     }
 
     fn sandbox(uid: u32, session: Option<&str>) -> Sandbox {

@@ -15,7 +15,6 @@ use super::{Core, Table, hear_supervisor, packets};
 use crate::library::Policies;
 use crate::protocol::{Limits, Run, Sandbox, Streams};
 use crate::say::complain;
-use crate::serve::config::Peer;
 use crate::serve::inner::{FromSupervisor, Kind, Start, ToLauncher, ToSupervisor, send};
 
 /// What the words of a command may have together, so that one packet holds them.
@@ -89,10 +88,9 @@ impl Core {
             workspace: None,
             limits: None,
         };
-        let peer = Peer { uid: 0, gid: 0 };
-        let sandbox = self.sandbox(&run, peer.uid, None);
+        let sandbox = self.sandbox(&run, 0, None);
         let id = sandbox.id.clone();
-        let start = Start { sandbox, peer: peer.into(), run, kind: Kind::Warm, process: None };
+        let start = Start { sandbox, run, kind: Kind::Warm, asker: None };
         let channel = self.start(start, &[]).await.and_then(packets).map_err(|error| error.to_string())?;
         match hear_supervisor(&channel).await {
             FromSupervisor::Ready { policy, .. } => Ok(Warm { id, channel, policy }),

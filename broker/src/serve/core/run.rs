@@ -91,12 +91,10 @@ impl Core {
         cores_handle: Option<BorrowedFd<'_>>,
         descriptors: &[Foreign],
     ) -> io::Result<UnixStream> {
-        let process = run.workspace.as_ref().and_then(|_| asker.process(connection));
-        let position = process.as_ref().map(|_| descriptors.len());
-        let start = Start { sandbox, peer: asker.peer.into(), run, kind, process: position };
-        let process = process.as_deref().map(AsFd::as_fd);
+        let start = Start { sandbox, run, kind, asker: Some(descriptors.len()) };
+        let socket = asker.socket(connection);
         let given: Vec<_> =
-            cores_handle.into_iter().chain(descriptors.iter().map(AsFd::as_fd)).chain(process).collect();
+            cores_handle.into_iter().chain(descriptors.iter().map(AsFd::as_fd)).chain([socket]).collect();
         self.start(start, &given).await.and_then(packets)
     }
 
