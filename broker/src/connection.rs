@@ -153,8 +153,8 @@ impl AsFd for Connection {
     }
 }
 
-/// A descriptor that a peer has sent. It is closed where nobody waits: close(2) can take as long as the peer likes (a socket
-/// that lingers), or whoever serves the file.
+/// A descriptor that a peer has sent. But for pipes and what was opened with `O_PATH`, it is closed where nobody waits: close(2) can
+/// take as long as the peer likes (a socket that lingers), or whoever serves the file.
 #[derive(Debug)]
 pub struct Foreign(Option<OwnedFd>);
 
@@ -170,7 +170,8 @@ impl AsFd for Foreign {
 
 impl Drop for Foreign {
     fn drop(&mut self) {
-        if let Some(descriptor) = self.0.take() {
+        let Some(descriptor) = self.0.take() else { return };
+        if !rights::is_pipe(&descriptor) && !rights::is_path(&descriptor) {
             tokio::task::spawn_blocking(move || drop(descriptor));
         }
     }

@@ -36,3 +36,21 @@ pub fn receive(from: impl AsFd, bytes: &mut [u8], flags: RecvFlags) -> io::Resul
     }
     Ok(Received { bytes: received.bytes, descriptors })
 }
+
+/// What the kernel calls an open file, `pipe:[N]` or `socket:[N]` for what has no path. Asking the file itself could wait for
+/// whoever serves its filesystem.
+pub fn name_of(descriptor: impl AsFd) -> String {
+    use std::os::fd::AsRawFd;
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_fd().as_raw_fd()));
+    name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// Whether it is a pipe of pipe(2).
+pub fn is_pipe(descriptor: impl AsFd) -> bool {
+    name_of(descriptor).starts_with("pipe:[")
+}
+
+/// Whether it was opened with `O_PATH` (open(2)).
+pub fn is_path(descriptor: impl AsFd) -> bool {
+    rustix::fs::fcntl_getfl(descriptor).is_ok_and(|flags| flags.contains(rustix::fs::OFlags::PATH))
+}

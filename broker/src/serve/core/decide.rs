@@ -1,9 +1,8 @@
 //! Whether something may be asked for at all, before anything is done.
 
-use std::os::fd::AsFd;
-
 use crate::connection::Foreign;
 use crate::protocol::{Code, Denial, Directory, Run};
+use crate::rights;
 use crate::serve::audit::bounded;
 use crate::serve::config::Rights;
 
@@ -27,8 +26,7 @@ pub(super) fn is_lendable(workspace: Option<&Directory>, descriptors: &[Foreign]
         let message = format!("a workspace's name has no more than {NAME_BYTES_MAX} bytes");
         return Err(Denial::new(Code::NotNarrower, message));
     }
-    let flags = rustix::fs::fcntl_getfl(&descriptors[*descriptor]);
-    if flags.is_ok_and(|flags| flags.contains(rustix::fs::OFlags::PATH)) {
+    if rights::is_path(&descriptors[*descriptor]) {
         return Ok(());
     }
     Err(Denial::new(Code::Descriptor, "a workspace is opened with O_PATH"))
@@ -53,19 +51,11 @@ pub(super) fn all_named(named: &[usize], descriptors: &[Foreign]) -> Result<(), 
 }
 
 pub(super) fn all_pipes(streams: &[Option<usize>; 3], descriptors: &[Foreign]) -> Result<(), Denial> {
-    match streams.iter().flatten().find(|number| !name_of(&descriptors[**number]).starts_with("pipe:[")) {
+    match streams.iter().flatten().find(|number| !rights::is_pipe(&descriptors[**number])) {
         None => Ok(()),
         Some(number) => {
             let message = format!("descriptor {number} is no pipe; only pipes go in, or null");
             Err(Denial::new(Code::Descriptor, message))
         }
     }
-}
-
-/// What the kernel calls an open file, `pipe:[N]` or `socket:[N]` for what has no path. Asking the file itself could wait for
-/// whoever serves its filesystem.
-pub(super) fn name_of(descriptor: impl AsFd) -> String {
-    use std::os::fd::AsRawFd;
-    let name = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_fd().as_raw_fd()));
-    name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }

@@ -8,12 +8,13 @@ use serde_json::{Value, json};
 use tokio::sync::{RwLockReadGuard, watch};
 
 use super::askers::{Asker, Principal};
-use super::decide::{all_named, name_of};
+use super::decide::all_named;
 use super::lives::Live;
 use super::operate::no_such;
 use super::{Core, not_started};
 use crate::connection::{Connection, End, Foreign};
 use crate::protocol::{Code, Denial, HandOver, INTERFACE, Taking};
+use crate::rights::name_of;
 use crate::serve::inner::{FromSupervisor, ToSupervisor};
 
 /// What proves that a descriptor is the other end of a handle.

@@ -13,12 +13,13 @@ use tokio::net::UnixStream;
 use tokio::sync::{RwLock, watch};
 
 use super::askers::{Asker, Principal};
-use super::decide::{all_named, all_pipes, is_lendable, may_use, name_of};
+use super::decide::{all_named, all_pipes, is_lendable, may_use};
 use super::effects::{Asked, Effects};
 use super::holders::{Holder, Renewals};
 use super::{Core, hear_supervisor, not_started, packets};
 use crate::connection::{Connection, End, Foreign};
 use crate::protocol::{Denial, Execute, Executed, Progress, Provision, Provisioned, Run, Sandbox, Streams};
+use crate::rights::name_of;
 use crate::serve::audit::{self, bounded};
 use crate::serve::inner::{FromSupervisor, Kind, ToLauncher, ToSupervisor, channel, send};
 use crate::serve::metrics::Begun;
