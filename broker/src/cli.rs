@@ -7,6 +7,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use sandbox::{ByteSize, Count, Cpus, EnvName, Span, WorkspaceMode, WorkspaceWish};
 
+use crate::grant::Name;
 use crate::say::{self, complain};
 
 /// Runs tools confined: a sandbox for each run, and no credential inside.
@@ -104,6 +105,12 @@ pub enum Command {
         #[command(flatten)]
         connect: Connect,
     },
+    /// List and revoke the grants of sandboxes that live
+    #[command(subcommand)]
+    Grant(GrantCommand),
+    /// Add, list and remove credentials of the vault's store
+    #[command(subcommand)]
+    Credential(CredentialCommand),
     /// Show or verify the daemon's record
     #[command(subcommand)]
     Audit(AuditCommand),
@@ -154,6 +161,56 @@ impl Connect {
     pub fn socket(&self) -> PathBuf {
         self.connect.clone().unwrap_or_else(|| crate::serve::SOCKET.into())
     }
+}
+
+/// `broker grant`
+#[derive(Debug, Subcommand)]
+pub enum GrantCommand {
+    /// Show which sandboxes have which grants
+    List {
+        #[command(flatten)]
+        connect: Connect,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// End a grant: its connections are cut, and none can be made after
+    Revoke {
+        /// The grant, as the configuration calls it
+        name: Name,
+        /// Of one sandbox alone; without it, of all that have it
+        #[arg(long, value_name = "ID")]
+        sandbox: Option<String>,
+        #[command(flatten)]
+        connect: Connect,
+    },
+}
+
+/// `broker credential`
+#[derive(Debug, Subcommand)]
+pub enum CredentialCommand {
+    /// Keep a secret from standard input (one line) under a name; one that is there is replaced
+    Add {
+        /// The name after `store:` in the configuration
+        name: Name,
+        #[command(flatten)]
+        connect: Connect,
+    },
+    /// List names; what they stand for never comes out
+    List {
+        #[command(flatten)]
+        connect: Connect,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Forget a secret
+    Remove {
+        /// Its name
+        name: Name,
+        #[command(flatten)]
+        connect: Connect,
+    },
 }
 
 /// `broker audit`
@@ -207,6 +264,9 @@ pub struct ExecArguments {
     /// Less processor time than the policy gives (0.5)
     #[arg(long, value_name = "X")]
     pub cpus: Option<Cpus>,
+    /// Let it reach what a grant of the daemon's configuration names (repeatable)
+    #[arg(long, value_name = "NAME")]
+    pub grant: Vec<Name>,
     /// Write the report as JSON; `-` for standard output
     #[arg(long, value_name = "FILE|-")]
     pub report: Option<PathBuf>,
@@ -220,7 +280,7 @@ pub struct ExecArguments {
     #[arg(long, value_name = "SOCKET")]
     pub connect: Option<PathBuf>,
     /// Run in a sandbox of one's own that lives in the daemon, beside what runs there
-    #[arg(long = "in", value_name = "ID", conflicts_with_all = ["policy", "workspace", "timeout", "memory", "pids", "cpus", "tty", "embedded"])]
+    #[arg(long = "in", value_name = "ID", conflicts_with_all = ["policy", "workspace", "timeout", "memory", "pids", "cpus", "grant", "tty", "embedded"])]
     pub sandbox: Option<String>,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]

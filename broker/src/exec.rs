@@ -33,6 +33,11 @@ pub fn run(arguments: ExecArguments) -> ExitCode {
             "--workspace: mode `cow` needs the daemon, which keeps the changes; start `broker serve`, or use `ro` or `rw`",
         );
     }
+    if !arguments.grant.is_empty() {
+        return refuse(
+            "--grant needs the daemon, which holds the credentials; start `broker serve`, or use --connect",
+        );
+    }
     let (policy, plan) = match prepare(arguments) {
         Ok(prepared) => prepared,
         Err(error) => {
@@ -91,7 +96,8 @@ fn through(
     report_file: Option<&ReportFile>,
 ) -> ExitCode {
     let report_to = arguments.report.clone();
-    let (name, living) = (arguments.policy.clone(), arguments.sandbox.clone());
+    let (name, living, grants) =
+        (arguments.policy.clone(), arguments.sandbox.clone(), arguments.grant.clone());
     // Which variables are passed on is the policy's, where it can be read here; what it is, is the daemon's to say.
     let policy = if living.is_none() { Policies::of_host().load(&name).ok() } else { None };
     let wishes = match wishes(arguments, policy.as_ref()) {
@@ -101,7 +107,7 @@ fn through(
     let command = wishes.command.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let ran = match living {
         Some(sandbox) => through_daemon::run_in(client, socket, &sandbox, &wishes),
-        None => through_daemon::run(client, socket, &name, &wishes),
+        None => through_daemon::run(client, socket, &name, &wishes, grants),
     };
     say_what_came(ran, &command, socket, report_to.as_deref(), report_file)
 }
@@ -190,6 +196,7 @@ fn wishes(arguments: ExecArguments, policy: Option<&Policy>) -> Result<Wishes, S
         cpus: arguments.cpus,
         streams: sandbox::classify_streams(),
         terminal: if arguments.tty { Terminal::Fresh } else { Terminal::None },
+        network: None,
     })
 }
 

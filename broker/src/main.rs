@@ -6,6 +6,8 @@ mod client;
 mod connection;
 mod doctor;
 mod exec;
+mod grant;
+mod grants;
 mod library;
 mod operate;
 mod policy;
@@ -35,6 +37,8 @@ fn main() -> ExitCode {
         cli::Command::Ps { connect, json } => operate::list(&connect.socket(), json),
         cli::Command::Inspect { sandbox, connect } => operate::inspect(&connect.socket(), &sandbox),
         cli::Command::Kill { sandbox, connect } => operate::kill(&connect.socket(), &sandbox),
+        cli::Command::Grant(command) => grants::grant(command),
+        cli::Command::Credential(command) => grants::credential(command),
         cli::Command::Diff { sandbox, workspace, connect, json } => {
             changes::diff(&connect.socket(), sandbox.as_deref(), workspace, json)
         }

@@ -4,6 +4,8 @@ use sandbox::{ByteSize, Count, Cpus, EnvName, PolicyName, Span};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::grant::{Kind, Name};
+
 /// The interface as it is served by `org.varlink.service.GetInterfaceDescription`.
 pub const DESCRIPTION: &str = include_str!("io.broker.Control.varlink");
 /// Its name.
@@ -29,6 +31,9 @@ pub struct Run {
     /// What is tighter than the policy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
+    /// Grants of the configuration by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub grants: Vec<Name>,
 }
 
 /// What becomes the standard streams: positions of descriptors; `/dev/null` where there is none.
@@ -69,6 +74,9 @@ pub struct Provision {
     /// What is tighter than the policy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
+    /// Grants of the configuration by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub grants: Vec<Name>,
 }
 
 /// A reply to `Provision`.
@@ -365,6 +373,81 @@ pub enum Code {
     NotYours,
     /// The sandbox still lives.
     Lives,
+    /// The configuration does not give the caller this grant, or there is none of that name.
+    GrantNotGranted,
+    /// Two grants answer at one place, or the vault lacks what one needs.
+    Grant,
+}
+
+/// A grant that a sandbox has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Has {
+    /// The sandbox.
+    pub sandbox: String,
+    /// The grant.
+    pub grant: Name,
+    /// What is spoken.
+    pub kind: Kind,
+    /// The name that the workload uses.
+    pub host: String,
+    /// How many connections were made on it.
+    pub uses: u64,
+    /// How many are open.
+    pub open: u64,
+    /// Whether it was revoked, or has expired.
+    pub revoked: bool,
+}
+
+/// A reply to `ListGrants`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct AllGrants {
+    /// All that the caller may know of.
+    pub grants: Vec<Has>,
+}
+
+/// Parameters of `Revoke`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Revoke {
+    /// The grant.
+    pub grant: Name,
+    /// Of this sandbox alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<String>,
+}
+
+/// A reply to `Revoke`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Revoked {
+    /// How many sandboxes had it.
+    pub sandboxes: u64,
+    /// How many connections were cut.
+    pub connections: u64,
+}
+
+/// Parameters of `AddCredential`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddCredential {
+    /// Its name in the store.
+    pub name: Name,
+    /// The position of a pipe that it can be read from.
+    pub secret: usize,
+}
+
+/// Parameters of `RemoveCredential`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemoveCredential {
+    /// Its name in the store.
+    pub name: Name,
+}
+
+/// A reply to `ListCredentials`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Credentials {
+    /// Names in the store. What they stand for never comes out.
+    pub names: Vec<Name>,
 }
 
 /// A denial: the code, and for people why.

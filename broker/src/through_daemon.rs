@@ -14,11 +14,18 @@ use sandbox::{Stream, Wishes, WorkspaceMode};
 use serde_json::{Value, json};
 
 use crate::client::{Client, ClientError};
+use crate::grant::Name;
 use crate::protocol::{Directory, Execute, Executed, Limits, Mode, Ran, Run, Signal, Streams, Variable};
 use crate::say::complain;
 
 /// Runs the command of `wishes` under the policy of that name, and returns the report.
-pub fn run(mut client: Client, socket: &Path, policy: &str, wishes: &Wishes) -> Result<Value, ClientError> {
+pub fn run(
+    mut client: Client,
+    socket: &Path,
+    policy: &str,
+    wishes: &Wishes,
+    grants: Vec<Name>,
+) -> Result<Value, ClientError> {
     let signals = blocked()?;
     let Offered { mut descriptors, streams, pumps } = Offered::of(wishes)?;
     let workspace = wishes.workspace.as_ref().map(|wish| -> io::Result<Directory> {
@@ -44,6 +51,7 @@ pub fn run(mut client: Client, socket: &Path, policy: &str, wishes: &Wishes) -> 
             pids: wishes.pids,
             cpus: wishes.cpus,
         }),
+        grants,
     };
     let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
     client.send("Run", &run, true, &borrowed)?;

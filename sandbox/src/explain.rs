@@ -144,6 +144,7 @@ impl Display for Step {
             Step::Terminals { .. } => write!(out, "terminals {path}, of its own"),
             Step::Seal { .. } => write!(out, "read-only {path}, itself"),
             Step::Proc { .. } => write!(out, "proc      {path}, of the new process namespace"),
+            Step::Replace { with, .. } => write!(out, "replace   {path} with {}", with.display()),
             Step::Cover { .. } => write!(out, "cover     {path}"),
             Step::ReadOnly { .. } => write!(out, "read-only {path}"),
         }

@@ -29,6 +29,15 @@ pub struct Wishes {
     pub streams: [Stream; 3],
     /// Whether a pseudo-terminal takes the place of the streams.
     pub terminal: Terminal,
+    /// What is to be heard of its network; nothing where nobody listens.
+    pub network: Option<Network>,
+}
+
+/// What a workload is told of who listens on its network ([`crate::make_ear`]).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Network {
+    /// The certificate of the only authority that is trusted inside (PEM), where TLS is spoken there.
+    pub authority: Option<String>,
 }
 
 /// A workspace and how it is mounted.

@@ -6,6 +6,7 @@
 mod cgroup;
 mod changes;
 mod confine;
+mod ear;
 mod explain;
 mod host;
 mod init;
@@ -31,8 +32,9 @@ mod workspace;
 pub use cgroup::GroupError;
 pub use changes::{discard_changes, is_unchanged, remove_tree, show_changes};
 pub use confine::become_nobody;
+pub use ear::{Ear, addresses, make_ear, name_server};
 pub use host::{Caller, Cgroups, Controller, Device, Host, PathKind};
-pub use job::{Job, NarrowError, Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish};
+pub use job::{Job, NarrowError, Network, Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish};
 pub use launch::{Given, LaunchError, fork_supervisor, network_namespace, run, run_given, shared_directory};
 pub use live::{Next, Orders, live};
 pub use open::OpenError;
@@ -46,9 +48,9 @@ pub use policy::{
     Policy, PolicyError, PolicyFile, PolicyName, Presets, Span, WordError, schema as policy_schema,
 };
 pub use report::{Denials, EndedBy, Enforcement, Outcome, Report, Usage};
-pub use role::{Reachable, confine_role, confine_server};
+pub use role::{Reachable, Work, confine_role, confine_server};
 pub use slot::SlotError;
 pub use streams::classify as classify_streams;
 pub use supervise::{Heard, PASSED_ON};
-pub use sys::{file_of_socket, take_passed_descriptor, unread_by_peer};
+pub use sys::{file_of_socket, take_passed_descriptor, tcp_bytes, unread_by_peer};
 pub use workspace::WorkspaceError;

@@ -165,8 +165,8 @@ impl Plan {
         }
         let mut gaps = Vec::new();
         let workspace = workspace(policy, job);
-        let base = files::base();
-        let files = files::steps(policy, host, &base)?;
+        let base = files::base(job.wishes.network.as_ref());
+        let files = files::steps(policy, host, &base, job.wishes.network.as_ref())?;
         Ok(Plan {
             policy: policy.name().to_owned(),
             cgroup: limits::cgroup(policy, job, host, &mut gaps)?,

@@ -65,7 +65,7 @@ impl Relay {
     /// # Errors
     /// When the process cannot be made. What fails inside it ends it, and so the streams.
     pub(crate) fn start(flows: Vec<Flow>, cap: Option<u64>, uid: u32) -> io::Result<Relay> {
-        let filter = seccomp::nothing_but(&CALLS)?;
+        let filter = seccomp::nothing_but(&CALLS, &[])?;
         let (counts, report) = pipe_with(PipeFlags::CLOEXEC)?;
         match sys::clone3(0, None)? {
             Side::Parent { pidfd, .. } => Ok(Relay { pidfd, counts }),

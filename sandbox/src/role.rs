@@ -21,8 +21,9 @@ pub enum Reachable {
     Host,
 }
 
-/// The most descriptors of a role.
+/// The most descriptors of a role; of one that serves, each connection takes three.
 const OPEN_FILES: u64 = 1024;
+const OPEN_FILES_TO_SERVE: u64 = 4096;
 
 /// What a role may call: wait, read, write, receive descriptors, keep memory, end. It neither forks, executes, opens nor
 /// connects.
@@ -128,7 +129,7 @@ const SERVER_CALLS_OLD: [libc::c_long; 0] = [];
 /// # Errors
 /// As the call that failed; also where a path is not there. The process is then of no use, and has to end.
 pub fn confine_server(read: &Path, write: &Path) -> io::Result<()> {
-    let filter = seccomp::nothing_but(&[&CALLS[..], &SERVER_CALLS, &SERVER_CALLS_OLD].concat())?;
+    let filter = seccomp::nothing_but(&[&CALLS[..], &SERVER_CALLS, &SERVER_CALLS_OLD].concat(), &[])?;
     let abi = sys::landlock_abi().min(LANDLOCK_ABI_TESTED);
     let rules = vec![(read.to_owned(), LandlockAccess::Read), (write.to_owned(), LandlockAccess::Write)];
     nix::sys::prctl::set_no_new_privs()?;
@@ -136,21 +137,79 @@ pub fn confine_server(read: &Path, write: &Path) -> io::Result<()> {
     seccompiler::apply_filter(&filter).map_err(io::Error::other)
 }
 
+/// What a role does beside waiting and talking on the channels that it is given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// Nothing.
+    Wait,
+    /// It keeps files that others opened for it.
+    Keep,
+    /// It serves sockets that others made for it.
+    Serve,
+}
+
+/// Of a role that keeps files.
+const KEEP_CALLS: [libc::c_long; 7] = [
+    libc::SYS_fdatasync,
+    libc::SYS_fstat,
+    libc::SYS_ftruncate,
+    libc::SYS_lseek,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_statx,
+];
+
+/// Of a role that serves sockets. A connected socket is the whole network to its holder, so none is made, connected or bound, and
+/// no option is set but those below.
+const SERVE_CALLS: [libc::c_long; 14] = [
+    libc::SYS_accept4,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_eventfd2,
+    libc::SYS_fcntl,
+    libc::SYS_fstat,
+    libc::SYS_getpeername,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_readv,
+    libc::SYS_shutdown,
+    libc::SYS_statx,
+    libc::SYS_writev,
+];
+#[cfg(target_arch = "x86_64")]
+const SERVE_CALLS_OLD: [libc::c_long; 1] = [libc::SYS_epoll_wait];
+#[cfg(not(target_arch = "x86_64"))]
+const SERVE_CALLS_OLD: [libc::c_long; 0] = [];
+
+/// Calls of a role that serves, that are allowed with these arguments alone: which argument, and its value.
+const SERVE_ARGUMENTS: [(libc::c_long, &[(u8, u64)]); 2] = [
+    (libc::SYS_setsockopt, &[(1, libc::IPPROTO_TCP as u64), (2, libc::TCP_NODELAY as u64)]),
+    (libc::SYS_ioctl, &[(1, libc::FIONBIO)]),
+];
+
 /// Gives up everything but the standard descriptors: no file, no other process, no capability, and from the filter on no call
 /// but the few that waiting takes; any other ends the process. `uid` is the role's own, and its group's number too. The
 /// caller is root and has one thread.
 ///
 /// # Errors
 /// As the call that failed. The process is then of no use, and has to end.
-pub fn confine_role(uid: u32, network: Reachable) -> io::Result<()> {
-    let filter = seccomp::nothing_but(&CALLS)?;
+pub fn confine_role(uid: u32, network: Reachable, work: Work) -> io::Result<()> {
+    let filter = match work {
+        Work::Wait => seccomp::nothing_but(&CALLS, &[]),
+        Work::Keep => seccomp::nothing_but(&[&CALLS[..], &KEEP_CALLS].concat(), &[]),
+        Work::Serve => {
+            seccomp::nothing_but(&[&CALLS[..], &SERVE_CALLS, &SERVE_CALLS_OLD].concat(), &SERVE_ARGUMENTS)
+        }
+    }?;
     let abi = sys::landlock_abi().min(LANDLOCK_ABI_TESTED);
     let standard = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
     sys::close_all_but(&standard)?;
     let own = if network == Reachable::Nothing { CloneFlags::CLONE_NEWNET } else { CloneFlags::empty() };
     unshare(own | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)?;
     confine::stand_on_nothing()?;
-    for (limit, value) in [(Resource::RLIMIT_CORE, 1), (Resource::RLIMIT_NOFILE, OPEN_FILES)] {
+    let open_files = if work == Work::Serve { OPEN_FILES_TO_SERVE } else { OPEN_FILES };
+    for (limit, value) in [(Resource::RLIMIT_CORE, 1), (Resource::RLIMIT_NOFILE, open_files)] {
         setrlimit(limit, value, value)?;
     }
     confine::become_nobody(uid)?;

@@ -16,7 +16,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
 
 use crate::plan::SeccompPlan;
 use assemble::Assembly;
@@ -46,12 +49,23 @@ impl fmt::Display for FilterError {
 
 impl std::error::Error for FilterError {}
 
-/// A program that allows `calls`, and ends whoever makes another: for processes of our own, which know what they call.
+/// A call, and the values that some of its arguments have to have, by their positions.
+pub type WithArguments = (libc::c_long, &'static [(u8, u64)]);
+
+/// A program that allows `calls` and `some`, and ends whoever makes another: for processes of our own, which know what they call.
 ///
 /// # Errors
 /// When it does not compile.
-pub fn nothing_but(calls: &[libc::c_long]) -> io::Result<BpfProgram> {
+pub fn nothing_but(calls: &[libc::c_long], some: &[WithArguments]) -> io::Result<BpfProgram> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = calls.iter().map(|call| (*call, Vec::new())).collect();
+    for (call, arguments) in some {
+        let condition = |(argument, value): &(u8, u64)| {
+            SeccompCondition::new(*argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, *value)
+        };
+        let conditions =
+            arguments.iter().map(condition).collect::<Result<_, _>>().map_err(io::Error::other)?;
+        rules.insert(*call, vec![SeccompRule::new(conditions).map_err(io::Error::other)?]);
+    }
     // The C library's poll(3).
     #[cfg(target_arch = "x86_64")]
     rules.insert(libc::SYS_poll, Vec::new());

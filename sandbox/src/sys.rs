@@ -266,6 +266,42 @@ pub fn file_of_socket(socket: impl AsFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(file) })
 }
 
+/// What a TCP connection has sent and received, in bytes of its data (`TCP_INFO`, tcp(7)): without what was sent again. Of one that
+/// the other side has reset, what was received may be one too few.
+///
+/// # Errors
+/// As getsockopt(2); `ENOPROTOOPT` where the kernel is older than these counts (5.5).
+pub fn tcp_bytes(socket: impl AsFd) -> io::Result<(u64, u64)> {
+    // linux/tcp.h, struct tcp_info: tcpi_state, tcpi_bytes_received, tcpi_bytes_sent, tcpi_bytes_retrans.
+    const RECEIVED: usize = 128;
+    const SENT: usize = 200;
+    const SENT_AGAIN: usize = 208;
+    // net/tcp_states.h
+    const ESTABLISHED: u8 = 1;
+    const FIN_WAIT_1: u8 = 4;
+    const FIN_WAIT_2: u8 = 5;
+    let mut info = [0_u8; 216];
+    let mut length = info.len() as libc::socklen_t;
+    // SAFETY: the kernel writes no more than `length` bytes into `info`, and both outlive the call.
+    check(i64::from(unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    }))?;
+    if (length as usize) < info.len() {
+        return Err(io::Error::from_raw_os_error(libc::ENOPROTOOPT));
+    }
+    let count = |at: usize| info[at..at + 8].iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+    // The other side's end counts as a byte received (RFC 9293, 3.4); these are the states before it.
+    let open = [ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2].contains(&info[0]);
+    let received = count(RECEIVED).saturating_sub(u64::from(!open));
+    Ok((count(SENT).saturating_sub(count(SENT_AGAIN)), received))
+}
+
 /// Makes the end of a child be told again, whatever the caller had set: where `SIGCHLD` is ignored the kernel reaps children
 /// itself, and neither init nor the launcher would ever learn how theirs ended (signal(7)).
 pub fn hear_of_children() {

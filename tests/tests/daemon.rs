@@ -8,6 +8,8 @@ mod changes_attacked;
 mod exhaustion;
 #[path = "daemon/forged.rs"]
 mod forged;
+#[path = "daemon/grants.rs"]
+mod grants;
 #[path = "daemon/holders.rs"]
 mod holders;
 #[path = "daemon/hostile.rs"]

@@ -6,12 +6,17 @@ use std::path::{Path, PathBuf};
 use sandbox::{ByteSize, PolicyName};
 use serde::{Deserialize, Serialize};
 
+use crate::grant::{self, Credential, Grant, Name};
+
 /// Where the daemon's configuration stands.
 pub const PATH: &str = "/etc/broker/config.toml";
 /// Where it listens.
 pub const SOCKET: &str = "/run/broker/broker.sock";
 /// Where its record stands.
 pub const STATE: &str = "/var/lib/broker";
+
+/// The longest authority that a grant may name, in bytes.
+const AUTHORITY_BYTES_MAX: usize = 16 << 10;
 
 /// `config.toml`
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -23,6 +28,10 @@ pub struct Config {
     pub access: Vec<Access>,
     /// `[pool]`
     pub pool: Pool,
+    /// `[credential.NAME]`
+    pub credential: BTreeMap<Name, Credential>,
+    /// `[grant.NAME]`
+    pub grant: BTreeMap<Name, Grant>,
 }
 
 /// `[pool]`: what is made before anybody asks.
@@ -83,6 +92,9 @@ pub struct Access {
     /// Policies by name.
     #[serde(default)]
     pub policies: BTreeSet<PolicyName>,
+    /// Grants by name.
+    #[serde(default)]
+    pub grants: BTreeSet<Name>,
     /// What it may do with sandboxes that are not its own.
     #[serde(default)]
     pub operate: BTreeSet<Verb>,
@@ -100,6 +112,10 @@ pub enum Verb {
     Metrics,
     /// Read the record.
     Audit,
+    /// Put credentials into the store, and take them out of use.
+    Credential,
+    /// End any grant.
+    Revoke,
 }
 
 /// Who is at the other end of a connection.
@@ -116,6 +132,7 @@ pub struct Peer {
 pub struct Rights {
     everything: bool,
     policies: BTreeSet<PolicyName>,
+    grants: BTreeSet<Name>,
     operate: BTreeSet<Verb>,
 }
 
@@ -123,6 +140,11 @@ impl Rights {
     /// Whether a run under `policy` may be asked for.
     pub fn may_use(&self, policy: &PolicyName) -> bool {
         self.everything || self.policies.contains(policy)
+    }
+
+    /// Whether a sandbox with this grant may be asked for.
+    pub fn may_grant(&self, grant: &Name) -> bool {
+        self.everything || self.grants.contains(grant)
     }
 
     /// No more than these, and nothing of others.
@@ -144,10 +166,29 @@ impl Config {
     /// One line that says what is wrong, and where.
     pub fn load(path: &Path, required: bool) -> Result<Config, String> {
         match std::fs::read_to_string(path) {
-            Ok(text) => Config::parse(&text).map_err(|error| format!("{}: {error}", path.display())),
+            Ok(text) => {
+                let parsed = Config::parse(&text).and_then(Config::with_authorities);
+                parsed.map_err(|error| format!("{}: {error}", path.display()))
+            }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => Ok(Config::default()),
             Err(error) => Err(format!("{}: {error}", path.display())),
         }
+    }
+
+    /// Reads the authorities that grants name.
+    fn with_authorities(mut self) -> Result<Config, String> {
+        for (name, grant) in &mut self.grant {
+            let Some(source) = &grant.upstream_ca else { continue };
+            let path = source.strip_prefix("file:").filter(|path| path.starts_with('/'));
+            let path = path.ok_or_else(|| format!("[grant.{name}]: upstream_ca is `file:/PATH`"))?;
+            let text = std::fs::read_to_string(path);
+            let text = text.map_err(|error| format!("[grant.{name}]: upstream_ca: {path}: {error}"))?;
+            if text.len() > AUTHORITY_BYTES_MAX || !text.contains("-----BEGIN CERTIFICATE-----") {
+                return Err(format!("[grant.{name}]: upstream_ca: {path} is no certificate in PEM"));
+            }
+            grant.authority = Some(text);
+        }
+        Ok(self)
     }
 
     fn parse(text: &str) -> Result<Config, String> {
@@ -160,6 +201,7 @@ impl Config {
         if let Some(path) = paths.into_iter().flatten().find(|path| !path.is_absolute()) {
             return Err(format!("[server]: {} is no absolute path", path.display()));
         }
+        grant::check(&config.grant, &config.credential)?;
         match config.access.iter().position(|access| access.user.is_some() == access.group.is_some()) {
             Some(at) => Err(format!("[[access]] number {}: it needs either `user` or `group`", at + 1)),
             None => Ok(config),
@@ -192,6 +234,7 @@ impl Config {
         let mut rights = Rights { everything: peer.uid == 0, ..Rights::default() };
         for access in self.access.iter().filter(|access| accounts.match_(access, peer)) {
             rights.policies.extend(access.policies.iter().cloned());
+            rights.grants.extend(access.grants.iter().cloned());
             rights.operate.extend(&access.operate);
         }
         rights

@@ -6,10 +6,12 @@ mod changes;
 mod decide;
 mod denials;
 mod effects;
+mod grants;
 mod holders;
 mod lives;
 mod operate;
 mod pool;
+mod roles;
 mod run;
 mod scrape;
 mod service;
@@ -27,16 +29,18 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::audit::{Audit, bounded, now_ms};
 use super::config::{Accounts, Config};
-use super::inner::{FromSupervisor, Kind, Start, ToCore, ToLauncher, channel, receive, send};
+use super::inner::{FromSupervisor, Kind, Start, ToCore, ToLauncher, channel, packets, receive, send};
 use super::metrics::Metrics;
-use super::roles::{Answer, Ask, Role};
+use super::roles::Role;
 use crate::connection::{Connection, End, Foreign};
 use crate::protocol::{Code, Denial, Held, INTERFACE, Run, Sandbox};
 use crate::wire::{self, Breach, Call};
 use askers::Asker;
 use denials::Denials;
+use grants::Gate;
 use lives::Live;
 use pool::Warm;
+use roles::RoleLine;
 
 /// What one uid may have at the same time.
 const SANDBOXES_MAX: usize = 256;
@@ -61,6 +65,10 @@ struct Table {
     making: BTreeSet<PolicyName>,
     /// How many of each role answer.
     roles: BTreeMap<Role, usize>,
+    /// The line to the vault.
+    vault: Option<Arc<RoleLine>>,
+    /// Those that have grants, by their names.
+    gates: BTreeMap<String, Arc<Gate>>,
     /// What sandboxes have changed, by their names.
     held: BTreeMap<String, Held>,
     connections: BTreeMap<u32, usize>,
@@ -158,7 +166,7 @@ async fn hear(core: Arc<Core>) -> io::Result<()> {
             Some((ToCore::Role(role), descriptors)) => {
                 if let Some(channel) = descriptors.into_iter().next() {
                     let (core, channel) = (Arc::clone(&core), packets(channel)?);
-                    tokio::spawn(async move { core.attend_role(role, &channel).await });
+                    tokio::spawn(async move { core.attend_role(role, channel).await });
                 }
             }
             Some((ToCore::Held(held), _)) => core.hold(Some(Box::new(held))),
@@ -233,6 +241,15 @@ impl Core {
             (INTERFACE, "ListChanges") => self.list_changes(connection, asker).await,
             (INTERFACE, "Changes") => self.changes(connection, asker, parameters(&call)?).await,
             (INTERFACE, "Discard") => self.discard(connection, asker, parameters(&call)?).await,
+            (INTERFACE, "ListGrants") => self.list_grants(connection, asker).await,
+            (INTERFACE, "Revoke") => self.revoke(connection, asker, parameters(&call)?).await,
+            (INTERFACE, "AddCredential") => {
+                self.add_credential(connection, asker, parameters(&call)?, descriptors).await
+            }
+            (INTERFACE, "RemoveCredential") => {
+                self.remove_credential(connection, asker, parameters(&call)?).await
+            }
+            (INTERFACE, "ListCredentials") => self.list_credentials(connection, asker).await,
             (INTERFACE, "Metrics") => self.measured(connection, asker).await,
             (INTERFACE, "Records") => self.records(connection, asker, parameters(&call)?).await,
             ("org.varlink.service" | INTERFACE, _) => {
@@ -256,22 +273,6 @@ impl Core {
 
     fn hold(&self, held: Option<Box<Held>>) {
         self.table().held.extend(held.map(|held| (held.sandbox.clone(), *held)));
-    }
-
-    /// Knows of a role for as long as it is there.
-    async fn attend_role(&self, role: Role, channel: &UnixStream) {
-        let ask = || send(channel, &Ask::Ping, &[], SendFlags::DONTWAIT);
-        let hear = || receive::<Answer>(channel, RecvFlags::DONTWAIT);
-        if channel.async_io(Interest::WRITABLE, ask).await.is_err() {
-            return;
-        }
-        while let Ok(Some((Answer::Here, _))) = channel.async_io(Interest::READABLE, hear).await {
-            *self.table().roles.entry(role).or_default() += 1;
-        }
-        // Another one may have answered before the end of this one was heard.
-        if let Some(there) = self.table().roles.get_mut(&role) {
-            *there = there.saturating_sub(1);
-        }
     }
 
     /// What `run` is called, and how it is listed.
@@ -324,11 +325,13 @@ impl Core {
             FromSupervisor::NotStarted { message, .. } => {
                 (json!({ "kind": "not_started", "message": bounded(message) }), "host".into())
             }
-            FromSupervisor::Ready { .. } | FromSupervisor::Renewed | FromSupervisor::Executed { .. } => {
-                (Value::Null, Value::Null)
-            }
+            FromSupervisor::Ear { .. }
+            | FromSupervisor::Ready { .. }
+            | FromSupervisor::Renewed
+            | FromSupervisor::Executed { .. } => (Value::Null, Value::Null),
         };
         self.metrics.ended(by.as_str().unwrap_or_default());
+        self.close_gate(id).await;
         self.audit.record(json!({ "kind": "end", "sandbox": id, "outcome": outcome, "ended_by": by })).await;
         {
             let mut table = self.table();
@@ -340,13 +343,6 @@ impl Core {
         }
         let _ = self.tell(&ToLauncher::Forget { id: id.to_owned() }, &[]).await;
     }
-}
-
-/// A channel of packets, to be waited for. tokio has no type of its own for them; it only waits, and never reads or writes.
-fn packets(channel: OwnedFd) -> io::Result<UnixStream> {
-    let channel = std::os::unix::net::UnixStream::from(channel);
-    channel.set_nonblocking(true)?;
-    UnixStream::from_std(channel)
 }
 
 /// The next message of a supervisor; that it was ended, where there is none.

@@ -3,6 +3,7 @@
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
+use std::net::SocketAddr;
 use std::time::Instant;
 
 use rustix::event::Timespec;
@@ -14,6 +15,7 @@ use rustix::net::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::net::UnixStream;
 
 use super::config::Config;
 use super::roles::Role;
@@ -23,7 +25,7 @@ use crate::rights;
 /// The longest packet; what a peer may send is cut to fit long before.
 pub const PACKET_BYTES_MAX: usize = 160 << 10;
 /// Two ends of a channel, one of a handle, three streams, a workspace, the asker's socket.
-const DESCRIPTORS_MAX: usize = 8;
+pub const DESCRIPTORS_MAX: usize = 8;
 
 /// From the launcher to the core.
 #[derive(Debug, Serialize, Deserialize)]
@@ -98,6 +100,16 @@ pub enum ToLauncher {
         /// Which of the two.
         what: Errand,
     },
+    /// Start the gateway of a sandbox that is about to be. The descriptor is its line to the core.
+    Gateway {
+        /// The sandbox.
+        id: String,
+    },
+    /// End it, whatever it does.
+    EndGateway {
+        /// The sandbox.
+        id: String,
+    },
     /// The core has recorded how it ended.
     Forget {
         /// The sandbox.
@@ -136,6 +148,17 @@ pub struct Start {
     pub kind: Kind,
     /// The position of the socket that the asker connected with: who that is, the kernel says. Nobody asks for a warm one.
     pub asker: Option<usize>,
+    /// Who is to listen on its network, where anybody is.
+    pub listen: Option<Listen>,
+}
+
+/// What listens on a sandbox's network.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Listen {
+    /// Where, beside the place where names are asked for.
+    pub at: Vec<SocketAddr>,
+    /// The authority to be trusted inside, PEM.
+    pub authority: Option<String>,
 }
 
 /// From the core to the supervisor of a sandbox that lives.
@@ -193,6 +216,11 @@ pub enum ToSupervisor {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromSupervisor {
+    /// What listens on its network, before anybody is there: where names are asked for, then the others, over several messages.
+    Ear {
+        /// Nothing follows.
+        whole: bool,
+    },
     /// The sandbox waits for commands.
     Ready {
         /// The hash of its policy.
@@ -242,7 +270,16 @@ pub fn send<T: Serialize>(
     descriptors: &[BorrowedFd<'_>],
     flags: SendFlags,
 ) -> io::Result<()> {
-    let bytes = serde_json::to_vec(message)?;
+    send_bytes(to, &serde_json::to_vec(message)?, descriptors, flags)
+}
+
+/// As [`send`], of a message that is written already.
+pub fn send_bytes(
+    to: impl AsFd,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+    flags: SendFlags,
+) -> io::Result<()> {
     if bytes.len() > PACKET_BYTES_MAX {
         return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
     }
@@ -252,7 +289,7 @@ pub fn send<T: Serialize>(
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
     rustix::io::retry_on_intr(|| {
-        sendmsg(&to, &[IoSlice::new(&bytes)], &mut control, flags | SendFlags::NOSIGNAL)
+        sendmsg(&to, &[IoSlice::new(bytes)], &mut control, flags | SendFlags::NOSIGNAL)
     })?;
     Ok(())
 }
@@ -262,8 +299,16 @@ pub fn receive<T: DeserializeOwned>(
     from: impl AsFd,
     flags: RecvFlags,
 ) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
-    let mut bytes = vec![0_u8; PACKET_BYTES_MAX];
-    let received = match rights::receive(from, &mut bytes, flags) {
+    receive_into(from, &mut vec![0_u8; PACKET_BYTES_MAX], flags)
+}
+
+/// As [`receive`], into memory of the caller's.
+pub fn receive_into<T: DeserializeOwned>(
+    from: impl AsFd,
+    bytes: &mut [u8],
+    flags: RecvFlags,
+) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    let received = match rights::receive(from, bytes, flags) {
         Err(error) if error.raw_os_error() == Some(libc::ECONNRESET) => return Ok(None),
         other => other?,
     };
@@ -272,6 +317,13 @@ pub fn receive<T: DeserializeOwned>(
     }
     let descriptors = received.descriptors;
     Ok(Some((serde_json::from_slice(&bytes[..received.bytes])?, descriptors)))
+}
+
+/// A channel of packets, to be waited for. tokio has no type of its own for them; it only waits, and never reads or writes.
+pub fn packets(channel: OwnedFd) -> io::Result<UnixStream> {
+    let channel = std::os::unix::net::UnixStream::from(channel);
+    channel.set_nonblocking(true)?;
+    UnixStream::from_std(channel)
 }
 
 /// From now until `then`, as poll(2) takes it.

@@ -19,7 +19,7 @@ use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 use super::config::{Accounts, Config};
 use super::inner::{Kind, Start, ToCore, ToLauncher, channel, receive, send, until};
 use super::peer::Door;
-use super::roles::Roles;
+use super::roles::{self, Roles};
 use super::supervisor::{self, Service};
 use super::{CANNOT_SERVE, changes};
 use crate::protocol::Sandbox;
@@ -32,6 +32,8 @@ const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
 const IDLE: Duration = Duration::from_millis(5);
 /// How long a core that is told to stop may take.
 const SETTLE_MAX: Duration = Duration::from_secs(2);
+/// As many uids as gateways have.
+const GATEWAYS_MAX: u32 = 1 << 20;
 /// What tells a supervisor to end its sandbox at once.
 const END: Signal = Signal::ALARM;
 
@@ -62,6 +64,9 @@ pub struct Launcher {
     /// Network namespaces that nobody has been in.
     networks: Vec<OwnedFd>,
     roles: Roles,
+    /// By their sandboxes, and how many there were.
+    gateways: BTreeMap<String, Child>,
+    gateways_made: u32,
     /// Processes that show or remove what sandboxes have changed.
     errands: Vec<OwnedFd>,
 }
@@ -113,6 +118,8 @@ impl Launcher {
             living: BTreeMap::new(),
             networks: Vec::new(),
             roles: Roles::new(),
+            gateways: BTreeMap::new(),
+            gateways_made: 0,
             errands: Vec::new(),
         })
     }
@@ -258,7 +265,9 @@ impl Launcher {
             matches!(waitid(WaitId::PidFd(errand.as_fd()), options), Ok(None))
         });
         self.roles.reap();
-        self.roles.restart(&core.channel);
+        self.roles.restart(&core.channel, &self.config);
+        // One without a core ends by itself.
+        self.gateways.retain(|_, gateway| matches!(gateway.try_wait(), Ok(None)));
         if let Some((interval, last)) = &mut self.watchdog
             && last.elapsed() >= *interval
         {
@@ -313,6 +322,22 @@ impl Launcher {
                     self.errands.extend(begun);
                 }
             }
+            ToLauncher::Gateway { id } => {
+                if let Some(line) = descriptors.into_iter().next() {
+                    // Its number makes its uid, which no other that lives has.
+                    self.gateways_made = (self.gateways_made + 1) % GATEWAYS_MAX;
+                    match roles::start_gateway(self.gateways_made, line) {
+                        Ok(gateway) => drop(self.gateways.insert(id, gateway)),
+                        Err(error) => complain!("a gateway cannot be started: {error}"),
+                    }
+                }
+            }
+            ToLauncher::EndGateway { id } => {
+                if let Some(mut gateway) = self.gateways.remove(&id) {
+                    let _ = gateway.kill();
+                    let _ = gateway.wait();
+                }
+            }
             ToLauncher::Forget { id } => match self.living.get_mut(&id) {
                 Some(living) if living.supervisor.is_some() => living.forgotten = true,
                 _ => drop(self.living.remove(&id)),
@@ -360,6 +385,10 @@ impl Launcher {
     /// Nothing of a sandbox is left when the service has ended.
     fn end_all(&mut self) -> io::Result<()> {
         self.roles.end();
+        for gateway in self.gateways.values_mut() {
+            let _ = gateway.kill();
+            let _ = gateway.wait();
+        }
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         for living in self.living.values() {
             if let Some(supervisor) = &living.supervisor {

@@ -5,12 +5,14 @@ mod audit;
 mod changes;
 mod config;
 mod core;
+mod gateway;
 mod inner;
 mod launcher;
 mod metrics;
 mod peer;
 mod roles;
 mod supervisor;
+mod vault;
 
 use std::fs::DirBuilder;
 use std::io;

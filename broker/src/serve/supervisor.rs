@@ -2,19 +2,20 @@
 //! It reads what the core has checked, and nothing that a workload wrote.
 
 use std::ffi::OsString;
+use std::io;
 
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::SendFlags;
 use sandbox::{
-    Caller, EndedBy, Given, Host, Job, LaunchError, Outcome, Plan, Policy, PolicyName, Report, Stream,
-    Terminal, Wishes, WorkspaceMode, WorkspaceWish,
+    Caller, Ear, EndedBy, Given, Host, Job, LaunchError, Network, Outcome, Plan, Policy, PolicyName, Report,
+    Stream, Terminal, Wishes, WorkspaceMode, WorkspaceWish,
 };
 use serde_json::json;
 
 use super::attendant::{Attendant, Only};
 use super::changes;
 use super::config::{Accounts, Config, Peer};
-use super::inner::{FromSupervisor, Kind, Start, send};
+use super::inner::{DESCRIPTORS_MAX, FromSupervisor, Kind, Listen, Start, send};
 use super::peer::Door;
 use crate::library::Policies;
 use crate::protocol::{Code, Denial, Directory, Held, Limits, Mode, Run, Sandbox, Variable};
@@ -53,12 +54,12 @@ fn run(
     service: &Service<'_>,
     channel: &OwnedFd,
 ) -> Result<FromSupervisor, FromSupervisor> {
-    let Start { sandbox, run, kind, asker } = start;
+    let Start { sandbox, run, kind, asker, listen } = start;
     let mut descriptors: Vec<Option<OwnedFd>> = descriptors.into_iter().map(Some).collect();
     let socket = asker.and_then(|at| descriptors.get_mut(at).and_then(Option::take));
     let (peer, process) = service.asker(socket, &kind, &sandbox, &run)?;
     let state = service.config.server.state.as_path();
-    let Run { policy, command, environment, path, streams, workspace, limits } = run;
+    let Run { policy, command, environment, path, streams, workspace, limits, grants: _ } = run;
     let policy = policy_named(&policy)?;
     let mut take = |at: usize| descriptors.get_mut(at).and_then(Option::take);
     let streams = streams.each().map(|stream| stream.and_then(&mut take));
@@ -82,6 +83,9 @@ fn run(
         streams: kinds,
         ..words(command, environment)
     };
+    let (network, told) =
+        hearing(network, listen, channel).map_err(|error| not_started(format!("its network: {error}")))?;
+    let wishes = Wishes { network: told, ..wishes };
     let host = Host::probe(&policy, caller(&path));
     let plan = planned(&policy, wishes.clone(), &host)?;
     let held = held(&sandbox, &plan, (peer.uid, peer.gid));
@@ -144,9 +148,29 @@ impl Service<'_> {
         };
         let (peer, process) = self.door.peer_of(socket).map_err(|_| nobody())?;
         let rights = self.config.rights(peer, self.accounts);
-        let may = run.policy.parse().is_ok_and(|policy| rights.may_use(&policy)) && sandbox.uid == peer.uid;
+        let may = run.policy.parse().is_ok_and(|policy| rights.may_use(&policy))
+            && run.grants.iter().all(|grant| rights.may_grant(grant))
+            && sandbox.uid == peer.uid;
         if may { Ok((peer, process)) } else { Err(nobody()) }
     }
+}
+
+/// Its network, with who listens there, of which the core has what it takes to hear; and what is said of it inside.
+fn hearing(
+    ready: Option<OwnedFd>,
+    listen: Option<Listen>,
+    channel: &OwnedFd,
+) -> io::Result<(Option<OwnedFd>, Option<Network>)> {
+    let Some(Listen { at, authority }) = listen else { return Ok((ready, None)) };
+    let network = ready.map_or_else(sandbox::network_namespace, Ok)?;
+    let Ear { names, listeners } = sandbox::make_ear(&network, &at)?;
+    let sockets: Vec<_> = std::iter::once(&names).chain(&listeners).map(AsFd::as_fd).collect();
+    let pieces = sockets.chunks(DESCRIPTORS_MAX);
+    let last = pieces.len() - 1;
+    for (at, piece) in pieces.enumerate() {
+        send(channel, &FromSupervisor::Ear { whole: at == last }, piece, SendFlags::empty())?;
+    }
+    Ok((Some(network), Some(Network { authority })))
 }
 
 /// What is noted of changes that are held apart.

@@ -101,6 +101,10 @@ fn perform(step: &Step, tree: Option<&OwnedFd>, uid: u32) -> io::Result<()> {
         Step::Terminals { path } => attach(opened()?, path),
         Step::Proc { path } => proc(path),
         Step::Cover { path, directory } => cover(path, *directory),
+        Step::Replace { path, with } => match mount_bind(with, path) {
+            Err(Errno::NOENT) => Ok(()),
+            other => Ok(other?),
+        },
         Step::Seal { path } => {
             read_only_here(openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
         }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Serialize, Serializer};
 
-use super::files::{HOME, Step, WORKSPACE};
+use super::files::{AUTHORITY, HOME, Step, WORKSPACE};
 use crate::host::{Host, PathKind};
 use crate::job::{Job, Terminal};
 use crate::policy::{HostPath, Policy};
@@ -15,6 +15,10 @@ use crate::policy::{HostPath, Policy};
 /// Where programs are looked for after the caller's own directories that can be seen inside.
 const STANDARD_PATH: [&str; 6] =
     ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
+
+/// What says to programs which authorities to trust: OpenSSL, Go and curl; Python's requests; Node; git.
+const AUTHORITY_VARIABLES: [&str; 5] =
+    ["SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "GIT_SSL_CAINFO"];
 
 /// What is run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -88,6 +92,11 @@ fn environment(policy: &Policy, job: &Job, host: &Host, path: &[PathBuf]) -> Vec
     }
     if job.wishes.terminal == Terminal::Fresh {
         table.insert("TERM".into(), "xterm-256color".into());
+    }
+    if job.wishes.network.as_ref().is_some_and(|network| network.authority.is_some()) {
+        for name in AUTHORITY_VARIABLES {
+            table.insert(name.into(), AUTHORITY.into());
+        }
     }
     for (name, value) in &policy.file().env.set {
         if let Some(value) = expand(value, host) {

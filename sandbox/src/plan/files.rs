@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::{INNER_ID, LandlockAccess};
 use crate::host::{Host, PathKind};
+use crate::job::Network;
 use crate::plan::PlanError;
 use crate::policy::{ByteSize, Policy};
 
@@ -14,6 +15,11 @@ use crate::policy::{ByteSize, Policy};
 pub const WORKSPACE: &str = "/workspace";
 /// The workload's home.
 pub const HOME: &str = "/home/agent";
+/// The certificate of the only authority that is trusted inside.
+pub(super) const AUTHORITY: &str = "/etc/broker/authority.pem";
+/// Where distributions keep all authorities in one file.
+const BUNDLES: [&str; 2] =
+    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem"];
 /// An empty directory that covers directories.
 pub const EMPTY: &str = "/mnt";
 
@@ -126,6 +132,13 @@ pub enum Step {
         /// Whether it is a directory.
         directory: bool,
     },
+    /// A file of ours in front of another, if that is there.
+    Replace {
+        /// Inside.
+        path: PathBuf,
+        /// Inside, too.
+        with: PathBuf,
+    },
     /// The root itself becomes read-only.
     Seal {
         /// `/`
@@ -151,6 +164,7 @@ impl Step {
             | Step::Terminals { path }
             | Step::Proc { path }
             | Step::Cover { path, .. }
+            | Step::Replace { path, .. }
             | Step::Seal { path }
             | Step::ReadOnly { path } => path,
         }
@@ -171,9 +185,9 @@ impl Step {
 }
 
 /// What every root begins with.
-pub(crate) fn base() -> Vec<Step> {
+pub(crate) fn base(network: Option<&Network>) -> Vec<Step> {
     let mut root = Root::default();
-    etc(&mut root);
+    etc(&mut root, network);
     for path in ["/dev", EMPTY, "/proc", "/run", "/tmp", "/var", WORKSPACE, HOME] {
         root.directory(Path::new(path));
     }
@@ -184,7 +198,12 @@ pub(crate) fn base() -> Vec<Step> {
 }
 
 /// What comes after the base, in order.
-pub(super) fn steps(policy: &Policy, host: &Host, base: &[Step]) -> Result<Vec<Step>, PlanError> {
+pub(super) fn steps(
+    policy: &Policy,
+    host: &Host,
+    base: &[Step],
+    network: Option<&Network>,
+) -> Result<Vec<Step>, PlanError> {
     let made = base.iter().map(|step| step.path().to_owned()).collect();
     let mut root = Root { made, ..Root::default() };
     // Before the trees, so that one of those may lie below a private place.
@@ -193,6 +212,10 @@ pub(super) fn steps(policy: &Policy, host: &Host, base: &[Step]) -> Result<Vec<S
     root.steps.push(Step::Terminals { path: "/dev/pts".into() });
     // From here on the root is read-only, so that what covers is read-only too.
     root.steps.push(Step::Seal { path: "/".into() });
+    if network.is_some_and(|network| network.authority.is_some()) {
+        let replaced = BUNDLES.map(|path| Step::Replace { path: path.into(), with: AUTHORITY.into() });
+        root.steps.extend(replaced);
+    }
     proc(&mut root);
     Ok(root.steps)
 }
@@ -301,7 +324,7 @@ impl Root {
 }
 
 /// `/etc` of our own: names of the two users that exist, and where names are looked up.
-fn etc(root: &mut Root) {
+fn etc(root: &mut Root, network: Option<&Network>) {
     root.directory(Path::new("/etc"));
     let id = INNER_ID;
     let nobody = "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin";
@@ -314,10 +337,14 @@ fn etc(root: &mut Root) {
     root.file("/etc/group", &format!("root:x:0:\nagent:x:{id}:\ntty:x:5:\nnogroup:x:65534:\n"));
     root.file("/etc/hosts", "127.0.0.1 localhost sandbox\n::1 localhost\n");
     root.file("/etc/hostname", "sandbox\n");
-    root.file(
-        "/etc/resolv.conf",
-        "# There is no name server: nothing outside can be reached.\noptions attempts:1 timeout:1\n",
-    );
+    let nobody_listens =
+        "# There is no name server: nothing outside can be reached.\noptions attempts:1 timeout:1\n";
+    let server = format!("nameserver {}\noptions attempts:2 timeout:2\n", crate::ear::name_server());
+    root.file("/etc/resolv.conf", if network.is_some() { &server } else { nobody_listens });
+    if let Some(authority) = network.and_then(|network| network.authority.as_ref()) {
+        root.directory(Path::new("/etc/broker"));
+        root.file(AUTHORITY, authority);
+    }
     root.file(
         "/etc/nsswitch.conf",
         "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nservices: files\nprotocols: files\n",

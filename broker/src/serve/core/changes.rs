@@ -3,12 +3,12 @@
 use serde_json::json;
 use tokio::io::Interest;
 
+use super::Core;
 use super::askers::Asker;
 use super::operate::no_such;
-use super::{Core, packets};
 use crate::connection::{Connection, End};
 use crate::protocol::{AllHeld, Code, Denial, Held, Mode, Named, Run, Sandbox, Shown};
-use crate::serve::inner::{Done, Errand, ToLauncher, channel, receive};
+use crate::serve::inner::{Done, Errand, ToLauncher, channel, packets, receive};
 
 /// How many sandboxes' changes are held for one uid.
 const HELD_MAX: usize = 64;

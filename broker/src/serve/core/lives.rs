@@ -15,13 +15,14 @@ use tokio::sync::{RwLock, watch};
 use super::askers::{Asker, Principal};
 use super::decide::{all_named, all_pipes, is_lendable, may_use};
 use super::effects::{Asked, Effects};
+use super::grants::may_have;
 use super::holders::{Holder, Renewals};
-use super::{Core, hear_supervisor, not_started, packets};
+use super::{Core, hear_supervisor, not_started};
 use crate::connection::{Connection, End, Foreign};
 use crate::protocol::{Denial, Execute, Executed, Progress, Provision, Provisioned, Run, Sandbox, Streams};
 use crate::rights::name_of;
 use crate::serve::audit::{self, bounded};
-use crate::serve::inner::{FromSupervisor, Kind, ToLauncher, ToSupervisor, channel, send};
+use crate::serve::inner::{FromSupervisor, Kind, ToLauncher, ToSupervisor, channel, packets, send};
 use crate::serve::metrics::Begun;
 
 /// A sandbox that waits for commands.
@@ -65,16 +66,26 @@ impl Core {
         wish: Provision,
         descriptors: Vec<Foreign>,
     ) -> Result<(), End> {
-        let Provision { policy, environment, path, workspace, limits } = wish;
+        let Provision { policy, environment, path, workspace, limits, grants } = wish;
         let named: Vec<usize> = workspace.iter().map(|workspace| workspace.descriptor).collect();
         // A sandbox that waits has no command; what stands here is never run.
         let command = vec!["(none)".to_owned()];
-        let run = Run { policy, command, environment, path, streams: Streams::default(), workspace, limits };
+        let run = Run {
+            policy,
+            command,
+            environment,
+            path,
+            streams: Streams::default(),
+            workspace,
+            limits,
+            grants,
+        };
         let (ours, theirs) = channel().map_err(|_| End::Failed)?;
         let allowed = may_use(&run.policy, &asker.rights)
             .and_then(|()| all_named(&named, &descriptors))
             .and_then(|()| is_lendable(run.workspace.as_ref(), &descriptors))
-            .and_then(|()| self.may_hold(&run, asker));
+            .and_then(|()| self.may_hold(&run, asker))
+            .and_then(|()| may_have(&run.grants, &asker.rights, &self.config));
         if let Err(denial) = allowed {
             return self.deny(connection, asker, "Provision", denial).await;
         }
@@ -88,6 +99,9 @@ impl Core {
         let mut event = asker.event("provision");
         event["sandbox"] = id.as_str().into();
         event["policy"] = run.policy.as_str().into();
+        if !run.grants.is_empty() {
+            event["grants"] = json!(run.grants);
+        }
         if !self.audit.record(event).await {
             self.table().sandboxes.remove(&id);
             return self.refuse(connection, asker, "Provision", warm, Denial::not_recorded()).await;
@@ -117,7 +131,11 @@ impl Core {
         let holder = Holder::new(asker.principal());
         let live = Arc::new(Live::new(id.clone(), channel, handle, Effects::default(), holder));
         if !was_warm {
-            match hear_supervisor(&live.channel).await {
+            let said = match self.hear_ear(&id, &live.channel).await {
+                Some(ended) => ended,
+                None => hear_supervisor(&live.channel).await,
+            };
+            match said {
                 FromSupervisor::Ready { held, .. } => self.hold(held),
                 FromSupervisor::Denied { denial } => {
                     self.finish(&id, &FromSupervisor::Denied { denial: denial.clone() }).await;
@@ -175,7 +193,7 @@ impl Core {
                 match said {
                     FromSupervisor::Executed { number, outcome } => core.note_end(&live, number, outcome),
                     FromSupervisor::Renewed => live.renewals.one_more(),
-                    FromSupervisor::Ready { .. } => {}
+                    FromSupervisor::Ready { .. } | FromSupervisor::Ear { .. } => {}
                     ended => break ended,
                 }
             };

@@ -11,11 +11,11 @@ use sandbox::PolicyName;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
-use super::{Core, Table, hear_supervisor, packets};
+use super::{Core, Table, hear_supervisor};
 use crate::library::Policies;
 use crate::protocol::{Limits, Run, Sandbox, Streams};
 use crate::say::complain;
-use crate::serve::inner::{FromSupervisor, Kind, Start, ToLauncher, ToSupervisor, send};
+use crate::serve::inner::{FromSupervisor, Kind, Start, ToLauncher, ToSupervisor, packets, send};
 
 /// What the words of a command may have together, so that one packet holds them.
 const WORDS_BYTES_MAX: usize = 64 << 10;
@@ -87,10 +87,11 @@ impl Core {
             streams: Streams::default(),
             workspace: None,
             limits: None,
+            grants: Vec::new(),
         };
         let sandbox = self.sandbox(&run, 0, None);
         let id = sandbox.id.clone();
-        let start = Start { sandbox, run, kind: Kind::Warm, asker: None };
+        let start = Start { sandbox, run, kind: Kind::Warm, asker: None, listen: None };
         let channel = self.start(start, &[]).await.and_then(packets).map_err(|error| error.to_string())?;
         match hear_supervisor(&channel).await {
             FromSupervisor::Ready { policy, .. } => Ok(Warm { id, channel, policy }),
@@ -111,7 +112,7 @@ impl Core {
         let words = run.command.iter().map(String::len).sum::<usize>()
             + run.environment.iter().map(|variable| variable.value.len() + 256).sum::<usize>()
             + run.path.len();
-        if run.workspace.is_some() || !plain || words > WORDS_BYTES_MAX {
+        if run.workspace.is_some() || !run.grants.is_empty() || !plain || words > WORDS_BYTES_MAX {
             return None;
         }
         let policy: PolicyName = run.policy.parse().ok()?;

@@ -8,12 +8,13 @@ use serde_json::json;
 use tokio::net::UnixStream;
 
 use super::decide::decide;
+use super::grants::may_have;
 use super::pool::Warm;
-use super::{Asker, Core, hear_supervisor, not_started, packets};
+use super::{Asker, Core, hear_supervisor, not_started};
 use crate::connection::{Connection, End, Foreign};
 use crate::protocol::{Denial, Ran, Run, Sandbox};
 use crate::serve::audit::bounded;
-use crate::serve::inner::{FromSupervisor, Kind, Start, ToLauncher, ToSupervisor};
+use crate::serve::inner::{FromSupervisor, Kind, Start, ToLauncher, ToSupervisor, packets};
 use crate::serve::metrics::Begun;
 
 impl Core {
@@ -26,7 +27,9 @@ impl Core {
         descriptors: Vec<Foreign>,
         more: bool,
     ) -> Result<(), End> {
-        let allowed = decide(&run, &asker.rights, &descriptors).and_then(|()| self.may_hold(&run, asker));
+        let allowed = decide(&run, &asker.rights, &descriptors)
+            .and_then(|()| self.may_hold(&run, asker))
+            .and_then(|()| may_have(&run.grants, &asker.rights, &self.config));
         if let Err(denial) = allowed {
             return self.deny(connection, asker, "Run", denial).await;
         }
@@ -41,6 +44,9 @@ impl Core {
         event["sandbox"] = id.as_str().into();
         event["policy"] = run.policy.as_str().into();
         event["command"] = json!(command);
+        if !run.grants.is_empty() {
+            event["grants"] = json!(run.grants);
+        }
         if !self.audit.record(event).await {
             self.table().sandboxes.remove(&id);
             return self.refuse(connection, asker, "Run", warm, Denial::not_recorded()).await;
@@ -53,9 +59,12 @@ impl Core {
         let ended = match started {
             Ok(channel) => {
                 drop(descriptors);
-                self.watch(connection, &id, &channel, more).await
+                match self.hear_ear(&id, &channel).await {
+                    None => self.watch(connection, &id, &channel, more).await,
+                    Some(ended) => Ok(ended),
+                }
             }
-            Err(error) => Ok(not_started(format!("the launcher: {error}"))),
+            Err(error) => Ok(not_started(error.to_string())),
         };
         let (ended, gone) = match ended {
             Ok(ended) => (ended, None),
@@ -82,7 +91,7 @@ impl Core {
     /// Has the launcher start one, with the caller's descriptors; the line to its supervisor.
     #[allow(clippy::too_many_arguments, reason = "who asks, for what, and with which descriptors")]
     pub(super) async fn start_for(
-        &self,
+        self: &Arc<Self>,
         connection: &Connection,
         asker: &Asker,
         sandbox: Sandbox,
@@ -91,7 +100,8 @@ impl Core {
         cores_handle: Option<BorrowedFd<'_>>,
         descriptors: &[Foreign],
     ) -> io::Result<UnixStream> {
-        let start = Start { sandbox, run, kind, asker: Some(descriptors.len()) };
+        let listen = self.open_gate(&sandbox.id, &run.grants).await.map_err(io::Error::other)?;
+        let start = Start { sandbox, run, kind, asker: Some(descriptors.len()), listen };
         let socket = asker.socket(connection);
         let given: Vec<_> =
             cores_handle.into_iter().chain(descriptors.iter().map(AsFd::as_fd)).chain([socket]).collect();

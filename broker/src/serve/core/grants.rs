@@ -1,0 +1,462 @@
+//! What a sandbox reaches of networks: its gate. The core makes each connection to an upstream, counts it, keeps a copy of both of its
+//! ends, and cuts them when the grant is revoked. It never reads one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::net::{RecvFlags, SendFlags, Shutdown, shutdown};
+use serde_json::json;
+use tokio::io::Interest;
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+use super::askers::Asker;
+use super::{Core, not_started};
+use crate::connection::{Connection, End};
+use crate::grant::{Grant, Host, Kind, Name, ambiguous};
+use crate::protocol::{AllGrants, Code, Denial, Has, Revoke, Revoked};
+use crate::serve::audit::bounded;
+use crate::serve::config::{Config, Rights, Verb};
+use crate::serve::gateway::{FromGateway, Granted, Place, ToGateway};
+use crate::serve::inner::{
+    DESCRIPTORS_MAX, FromSupervisor, Listen, ToLauncher, channel, packets, receive, send,
+};
+
+/// How long an upstream may take to take a connection.
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
+/// How late the connections of a grant that has expired may be cut. Nothing new is made on it from the first instant on.
+const EXPIRY_PAUSE: Duration = Duration::from_millis(200);
+/// Grants of one sandbox.
+const GRANTS_MAX: usize = 64;
+/// Connections of one sandbox that are open at the same time.
+const OPEN_MAX: usize = 1024;
+/// Names that nobody granted, of one sandbox, that are recorded one by one.
+const UNKNOWN_MAX: usize = 64;
+/// Requests that are being recorded, of one sandbox.
+const RECORDING_MAX: usize = 64;
+
+/// Of one sandbox.
+pub(super) struct Gate {
+    id: String,
+    granted: Vec<Granted>,
+    gateway: UnixStream,
+    /// By the boot clock, which counts while the host sleeps and which nobody sets (clock_gettime(2)).
+    since: Duration,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Copies of what listens inside, so that nobody there can take its place.
+    listeners: Vec<(Option<Name>, OwnedFd)>,
+    open: BTreeMap<u64, Open>,
+    uses: BTreeMap<Name, u64>,
+    revoked: BTreeSet<Name>,
+    unknown: BTreeSet<String>,
+    unknown_more: u64,
+}
+
+/// A connection, both ends.
+struct Open {
+    grant: Name,
+    workload: OwnedFd,
+    upstream: OwnedFd,
+}
+
+impl Open {
+    /// As the kernel counted them, from the workload and to it.
+    fn bytes(&self) -> (u64, u64) {
+        sandbox::tcp_bytes(&self.upstream).unwrap_or_default()
+    }
+}
+
+impl Gate {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What listens inside, in the order in which it is handed out.
+    fn places(&self) -> Vec<(Place, Option<SocketAddr>)> {
+        let of = |granted: &Granted| {
+            let (name, addresses) = (granted.name.clone(), granted.addresses);
+            granted.grant.ports().into_iter().flat_map(move |(port, tls)| {
+                let place = Place::Listener { grant: name.clone(), tls };
+                addresses.map(|address| (place.clone(), Some(SocketAddr::new(address, port))))
+            })
+        };
+        std::iter::once((Place::Names, None)).chain(self.granted.iter().flat_map(of)).collect()
+    }
+
+    async fn tell(&self, message: &ToGateway, given: &[OwnedFd]) -> io::Result<()> {
+        let given: Vec<_> = given.iter().map(AsFd::as_fd).collect();
+        let tell = || send(&self.gateway, message, &given, SendFlags::DONTWAIT);
+        self.gateway.async_io(Interest::WRITABLE, tell).await
+    }
+
+    /// Cuts what is open on `grant`, the workload's sides of all before any upstream's; how many there were. Nothing more is opened.
+    fn cut(&self, grant: &Name) -> u64 {
+        let mut state = self.state();
+        state.revoked.insert(grant.clone());
+        // A listener that was shut down refuses, and its port is not free.
+        for (_, listener) in state.listeners.iter().filter(|(of, _)| of.as_ref() == Some(grant)) {
+            let _ = shutdown(listener, Shutdown::Both);
+        }
+        let open: Vec<&Open> = state.open.values().filter(|open| open.grant == *grant).collect();
+        for end in open.iter().map(|open| &open.workload).chain(open.iter().map(|open| &open.upstream)) {
+            let _ = shutdown(end, Shutdown::Both);
+        }
+        u64::try_from(open.len()).unwrap_or(u64::MAX)
+    }
+
+    fn expired(&self, granted: &Granted) -> bool {
+        let age = boot_clock().saturating_sub(self.since);
+        granted.grant.expires.is_some_and(|span| age >= span.duration())
+    }
+
+    fn has(&self) -> Vec<Has> {
+        let state = self.state();
+        let has = |granted: &Granted| Has {
+            sandbox: self.id.clone(),
+            grant: granted.name.clone(),
+            kind: granted.grant.kind,
+            host: granted.grant.host.to_string(),
+            uses: state.uses.get(&granted.name).copied().unwrap_or_default(),
+            open: state.open.values().filter(|open| open.grant == granted.name).count() as u64,
+            revoked: state.revoked.contains(&granted.name) || self.expired(granted),
+        };
+        self.granted.iter().map(has).collect()
+    }
+
+    /// Where a connection on `grant` goes, and that it was counted.
+    fn book(&self, grant: &Name) -> Result<SocketAddr, &'static str> {
+        let granted =
+            self.granted.iter().find(|granted| granted.name == *grant).ok_or("it is not granted")?;
+        let expired = self.expired(granted);
+        let mut state = self.state();
+        if state.revoked.contains(grant) {
+            return Err("the grant was revoked");
+        }
+        if expired {
+            return Err("the grant has expired");
+        }
+        if state.open.len() >= OPEN_MAX {
+            return Err("too many connections are open");
+        }
+        let uses = state.uses.entry(grant.clone()).or_default();
+        if granted.grant.uses.is_some_and(|most| *uses >= most) {
+            return Err("the grant is used up");
+        }
+        *uses += 1;
+        granted.grant.upstream.ok_or("it has no upstream")
+    }
+}
+
+fn boot_clock() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.try_into().unwrap_or_default())
+}
+
+/// Cuts what has expired, for as long as the sandbox is there.
+async fn cut_when_expired(gate: std::sync::Weak<Gate>) {
+    while let Some(gate) = gate.upgrade() {
+        let expired =
+            |granted: &&Granted| gate.expired(granted) && !gate.state().revoked.contains(&granted.name);
+        let expired: Vec<Name> =
+            gate.granted.iter().filter(expired).map(|granted| granted.name.clone()).collect();
+        for name in expired {
+            gate.cut(&name);
+        }
+        drop(gate);
+        tokio::time::sleep(EXPIRY_PAUSE).await;
+    }
+}
+
+/// Whether a sandbox with all of `names` may be asked for.
+pub(super) fn may_have(names: &[Name], rights: &Rights, config: &Config) -> Result<(), Denial> {
+    if let Some(name) = names.iter().find(|name| !rights.may_grant(name) || !config.grant.contains_key(*name))
+    {
+        let message = format!("grant {name} is not yours to use; the administrator grants it");
+        return Err(Denial::new(Code::GrantNotGranted, message));
+    }
+    if names.len() > GRANTS_MAX {
+        return Err(Denial::new(Code::Grant, format!("a sandbox has no more than {GRANTS_MAX} grants")));
+    }
+    if let Some((one, other)) = ambiguous(&config.grant, names) {
+        let message =
+            format!("grants {one} and {other} answer at the same host and port; ask for one of them");
+        return Err(Denial::new(Code::Grant, message));
+    }
+    Ok(())
+}
+
+impl Core {
+    /// Makes the gateway of a sandbox that is about to be; what is to listen inside. Nothing for one without grants.
+    pub(super) async fn open_gate(
+        self: &Arc<Self>,
+        id: &str,
+        grants: &[Name],
+    ) -> Result<Option<Listen>, String> {
+        if grants.is_empty() {
+            return Ok(None);
+        }
+        let text = |error: io::Error| error.to_string();
+        let (ours, theirs) = channel().map_err(text)?;
+        self.tell(&ToLauncher::Gateway { id: id.to_owned() }, &[theirs.as_fd()]).await.map_err(text)?;
+        drop(theirs);
+        let granted: Vec<Granted> = self.granted(grants);
+        let mut lines = Vec::new();
+        for granted in granted.iter().filter(|granted| granted.grant.kind == Kind::Http) {
+            let (vaults, gateways) = channel().map_err(text)?;
+            self.provide(&granted.name, vaults).await?;
+            lines.push(gateways);
+        }
+        let gateway = packets(ours).map_err(text)?;
+        let gate = Gate {
+            id: id.to_owned(),
+            granted: granted.clone(),
+            gateway,
+            since: boot_clock(),
+            state: Mutex::default(),
+        };
+        let gate = Arc::new(gate);
+        self.table().gates.insert(id.to_owned(), Arc::clone(&gate));
+        gate.tell(&ToGateway::Setup(granted), &lines).await.map_err(text)?;
+        let hear = || receive::<FromGateway>(&gate.gateway, RecvFlags::DONTWAIT);
+        let authority = match gate.gateway.async_io(Interest::READABLE, hear).await.map_err(text)? {
+            Some((FromGateway::Ready { authority }, _)) => authority,
+            Some((FromGateway::Unfit { why }, _)) => return Err(why),
+            _ => return Err("its gateway ended".to_owned()),
+        };
+        let at = gate.places().into_iter().filter_map(|(_, address)| address).collect();
+        if gate.granted.iter().any(|granted| granted.grant.expires.is_some()) {
+            tokio::spawn(cut_when_expired(Arc::downgrade(&gate)));
+        }
+        tokio::spawn(Arc::clone(self).attend_gateway(gate));
+        Ok(Some(Listen { at, authority }))
+    }
+
+    /// One address for each host, in the order of their names.
+    fn granted(&self, grants: &[Name]) -> Vec<Granted> {
+        let grants = || grants.iter().filter_map(|name| self.config.grant.get_key_value(name));
+        let hosts: BTreeSet<&Host> = grants().map(|(_, grant)| &grant.host).collect();
+        let numbers: BTreeMap<&Host, u16> = hosts.into_iter().zip(1..).collect();
+        let granted = |(name, grant): (&Name, &Grant)| Granted {
+            name: name.clone(),
+            grant: grant.clone(),
+            addresses: sandbox::addresses(numbers[&grant.host]),
+        };
+        grants().map(granted).collect()
+    }
+
+    /// Passes what listens inside on to the gateway. What else the supervisor said instead, if it did.
+    pub(super) async fn hear_ear(&self, id: &str, supervisor: &UnixStream) -> Option<FromSupervisor> {
+        let gate = self.table().gates.get(id).cloned()?;
+        let mut places = gate.places().into_iter().map(|(place, _)| place);
+        loop {
+            let hear = || receive::<FromSupervisor>(supervisor, RecvFlags::DONTWAIT);
+            let (whole, sockets) = match supervisor.async_io(Interest::READABLE, hear).await {
+                Ok(Some((FromSupervisor::Ear { whole }, sockets))) => (whole, sockets),
+                Ok(Some((said, _))) => return Some(said),
+                Ok(None) => return Some(not_started("its supervisor was ended".to_owned())),
+                Err(error) => return Some(not_started(format!("its supervisor: {error}"))),
+            };
+            debug_assert!(sockets.len() <= DESCRIPTORS_MAX);
+            let of: Vec<Place> = places.by_ref().take(sockets.len()).collect();
+            if let Err(error) = gate.tell(&ToGateway::Listen(of.clone()), &sockets).await {
+                return Some(not_started(format!("its gateway: {error}")));
+            }
+            let grant = |place: &Place| match place {
+                Place::Names => None,
+                Place::Listener { grant, .. } => Some(grant.clone()),
+            };
+            gate.state().listeners.extend(of.iter().map(grant).zip(sockets));
+            if whole {
+                return None;
+            }
+        }
+    }
+
+    async fn attend_gateway(self: Arc<Self>, gate: Arc<Gate>) {
+        let recording = Arc::new(Semaphore::new(RECORDING_MAX));
+        loop {
+            let hear = || receive::<FromGateway>(&gate.gateway, RecvFlags::DONTWAIT);
+            let Ok(Some((said, given))) = gate.gateway.async_io(Interest::READABLE, hear).await else {
+                break;
+            };
+            match said {
+                FromGateway::Open { number, grant } => {
+                    let (core, gate) = (Arc::clone(&self), Arc::clone(&gate));
+                    tokio::spawn(async move {
+                        let made = core.connect(&gate, number, &grant, given.into_iter().next()).await;
+                        let told = match made {
+                            Ok(upstream) => gate.tell(&ToGateway::Opened { number }, &[upstream]).await,
+                            Err(why) => gate.tell(&ToGateway::Refused { number, why }, &[]).await,
+                        };
+                        if told.is_err() {
+                            core.closed(&gate, number).await;
+                        }
+                    });
+                }
+                FromGateway::Closed { number } => {
+                    let (core, gate) = (Arc::clone(&self), Arc::clone(&gate));
+                    tokio::spawn(async move { core.closed(&gate, number).await });
+                }
+                FromGateway::Asked { grant, method, path, status } => {
+                    // The gateway's own word, recorded beside the connection's, and not waited for one by one.
+                    let event = json!({ "kind": "request", "sandbox": gate.id, "grant": grant, "claimed": true,
+                        "method": bounded(&method), "path": bounded(&path), "status": status });
+                    let Ok(permit) = Arc::clone(&recording).acquire_owned().await else { break };
+                    let core = Arc::clone(&self);
+                    tokio::spawn(async move {
+                        core.audit.record(event).await;
+                        drop(permit);
+                    });
+                }
+                FromGateway::Unknown { name } => self.unknown(&gate, name).await,
+                FromGateway::Ready { .. } | FromGateway::Unfit { .. } => {}
+            }
+        }
+        // Without its gateway nothing of a sandbox's goes on.
+        let left: Vec<u64> = gate.state().open.keys().copied().collect();
+        for number in left {
+            self.closed(&gate, number).await;
+        }
+    }
+
+    async fn unknown(&self, gate: &Gate, name: String) {
+        {
+            let mut state = gate.state();
+            if state.unknown.len() >= UNKNOWN_MAX {
+                state.unknown_more += u64::from(!state.unknown.contains(&name));
+                return;
+            }
+            if !state.unknown.insert(name.clone()) {
+                return;
+            }
+        }
+        let event =
+            json!({ "kind": "deny", "code": "name-not-granted", "sandbox": gate.id, "name": bounded(&name) });
+        self.audit.record(event).await;
+    }
+
+    /// Makes a connection, once it is recorded; what the gateway gets of it.
+    async fn connect(
+        &self,
+        gate: &Gate,
+        number: u64,
+        grant: &Name,
+        workload: Option<OwnedFd>,
+    ) -> Result<OwnedFd, String> {
+        let workload = workload.ok_or("it came without the workload's end")?;
+        let refuse = |why: &str| json!({ "kind": "deny", "code": "grant", "sandbox": gate.id, "grant": grant, "message": why });
+        let address = match gate.book(grant) {
+            Ok(address) => address,
+            Err(why) => {
+                self.audit.record(refuse(why)).await;
+                let _ = shutdown(&workload, Shutdown::Both);
+                return Err(why.to_owned());
+            }
+        };
+        let event = json!({ "kind": "open", "sandbox": gate.id, "grant": grant, "number": number, "upstream": address });
+        if !self.audit.record(event).await {
+            return Err("it cannot be recorded".to_owned());
+        }
+        let made = match timeout(CONNECT_TIME_MAX, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => stream.into_std().map_err(|error| error.to_string()),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err("it did not answer in time".to_owned()),
+        };
+        let made = made.and_then(|stream| {
+            let _ = stream.set_nodelay(true);
+            let upstream = OwnedFd::from(stream);
+            Ok((upstream.try_clone().map_err(|error| error.to_string())?, upstream))
+        });
+        let (theirs, upstream) = match made {
+            Ok(made) => made,
+            Err(why) => {
+                let event = json!({ "kind": "close", "sandbox": gate.id, "grant": grant, "number": number, "failed": why });
+                self.audit.record(event).await;
+                return Err(why);
+            }
+        };
+        let mut state = gate.state();
+        // It may have been revoked meanwhile.
+        if state.revoked.contains(grant) {
+            let _ = shutdown(&workload, Shutdown::Both);
+            return Err("the grant was revoked".to_owned());
+        }
+        state.open.insert(number, Open { grant: grant.clone(), workload, upstream });
+        Ok(theirs)
+    }
+
+    async fn closed(&self, gate: &Gate, number: u64) {
+        let Some(open) = gate.state().open.remove(&number) else { return };
+        let (sent, received) = open.bytes();
+        let _ = shutdown(&open.upstream, Shutdown::Both);
+        let event = json!({ "kind": "close", "sandbox": gate.id, "grant": open.grant, "number": number,
+            "sent_bytes": sent, "received_bytes": received });
+        self.audit.record(event).await;
+    }
+
+    /// Nothing of a sandbox that has ended is open.
+    pub(super) async fn close_gate(&self, id: &str) {
+        let Some(gate) = self.table().gates.remove(id) else { return };
+        for granted in &gate.granted {
+            gate.cut(&granted.name);
+        }
+        let left: Vec<u64> = gate.state().open.keys().copied().collect();
+        for number in left {
+            self.closed(&gate, number).await;
+        }
+        let more = gate.state().unknown_more;
+        if more > 0 {
+            let event =
+                json!({ "kind": "deny", "code": "name-not-granted", "sandbox": id, "repeated": more });
+            self.audit.record(event).await;
+        }
+        let _ = self.tell(&ToLauncher::EndGateway { id: id.to_owned() }, &[]).await;
+    }
+
+    /// Gates of sandboxes that the asker may do `verb` with.
+    fn gates(&self, asker: &Asker, verb: Verb) -> Vec<Arc<Gate>> {
+        let table = self.table();
+        let may = |gate: &&Arc<Gate>| {
+            table.sandboxes.get(&gate.id).is_some_and(|sandbox| Core::may(asker, sandbox, verb))
+        };
+        table.gates.values().filter(may).cloned().collect()
+    }
+
+    /// `ListGrants`
+    pub(super) async fn list_grants(&self, connection: &Connection, asker: &Asker) -> Result<(), End> {
+        let grants = self.gates(asker, Verb::List).iter().flat_map(|gate| gate.has()).collect();
+        connection.reply(AllGrants { grants }, false).await
+    }
+
+    /// `Revoke`: cut first, recorded then. It only takes away.
+    pub(super) async fn revoke(
+        &self,
+        connection: &Connection,
+        asker: &Asker,
+        Revoke { grant, sandbox }: Revoke,
+    ) -> Result<(), End> {
+        let wanted = |gate: &Arc<Gate>| {
+            sandbox.as_ref().is_none_or(|id| *id == gate.id)
+                && gate.granted.iter().any(|granted| granted.name == grant)
+        };
+        let gates: Vec<_> = self.gates(asker, Verb::Revoke).into_iter().filter(wanted).collect();
+        let connections = gates.iter().map(|gate| gate.cut(&grant)).sum();
+        for gate in &gates {
+            let mut event = asker.event("revoke");
+            event["sandbox"] = gate.id.as_str().into();
+            event["grant"] = grant.as_str().into();
+            self.audit.record(event).await;
+        }
+        let sandboxes = u64::try_from(gates.len()).unwrap_or(u64::MAX);
+        connection.reply(Revoked { sandboxes, connections }, false).await
+    }
+}

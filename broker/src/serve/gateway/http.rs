@@ -1,0 +1,218 @@
+//! Kind `http`: every request is looked at, and only what the grant allows goes on, with the credential in it.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper::client::conn::http1::SendRequest;
+use hyper::header::{
+    CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING,
+};
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode, Version};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use zeroize::Zeroizing;
+
+use super::Line;
+use crate::grant::{Grant, Refusal, UpstreamTls};
+
+/// What one request's head may take.
+const HEAD_BYTES_MAX: usize = 64 << 10;
+/// How long a workload may take to send one.
+const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
+
+/// What concerns one connection alone (RFC 9110, 7.6.1), beside what `Connection` names.
+const HOP_BY_HOP: [&str; 9] = [
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
+
+type Body = BoxBody<Bytes, hyper::Error>;
+type Failure = Box<dyn std::error::Error>;
+
+/// A grant of this kind, with what it takes to use it.
+pub struct Http {
+    pub grant: Grant,
+    /// The header's value, where there is a credential.
+    pub secret: Option<(HeaderName, Zeroizing<Vec<u8>>)>,
+    /// Nothing where the upstream is spoken to in the clear.
+    pub client: Option<Arc<rustls::ClientConfig>>,
+}
+
+/// The upstream of one connection of the workload's; never another's.
+struct Upstream {
+    send: RefCell<Option<SendRequest<Incoming>>>,
+    line: Rc<Line>,
+    http: Rc<Http>,
+    /// The workload's end, which the core can cut.
+    workload: Rc<std::os::fd::OwnedFd>,
+}
+
+/// Serves one connection to its end.
+pub async fn serve(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    workload: Rc<std::os::fd::OwnedFd>,
+    http: Rc<Http>,
+    line: Rc<Line>,
+) -> Result<(), hyper::Error> {
+    let upstream = Rc::new(Upstream { send: RefCell::default(), line, http, workload });
+    let service = service_fn(|request| {
+        let upstream = Rc::clone(&upstream);
+        async move { Ok::<_, std::convert::Infallible>(upstream.answer(request).await) }
+    });
+    hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIME_MAX)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .half_close(true)
+        .serve_connection(TokioIo::new(stream), service)
+        .await
+}
+
+impl Upstream {
+    async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+        let (method, path) = (request.method().to_string(), request.uri().path().to_owned());
+        let response = match self.judge(&request) {
+            Ok(()) => match self.pass_on(request).await {
+                Ok(response) => response,
+                Err(error) => {
+                    crate::say::complain!("gateway: {}: {error}", self.http.grant.host);
+                    // What the upstream, or TLS, said of itself is not the workload's to read.
+                    said(StatusCode::BAD_GATEWAY, "the upstream cannot be reached, or did not answer in HTTP")
+                }
+            },
+            Err((status, why)) => said(status, why),
+        };
+        self.line.asked(&self.http.grant, &method, &path, response.status().as_u16()).await;
+        response
+    }
+
+    /// Whether it goes on; each is judged for itself.
+    fn judge(&self, request: &Request<Incoming>) -> Result<(), (StatusCode, &'static str)> {
+        let grant = &self.http.grant;
+        let bad = |why| Err((StatusCode::BAD_REQUEST, why));
+        if request.version() != Version::HTTP_11 || request.uri().authority().is_some() {
+            return bad("only HTTP/1.1 to this host itself");
+        }
+        let headers = request.headers();
+        if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH)
+            || headers.get_all(CONTENT_LENGTH).iter().count() > 1
+            || headers.get_all(TRANSFER_ENCODING).iter().any(|value| value != "chunked")
+        {
+            return bad("its length can be read in two ways");
+        }
+        let mut hosts = headers.get_all(HOST).iter();
+        let named = |value: &HeaderValue| {
+            let text = value.to_str().unwrap_or_default().to_ascii_lowercase();
+            let (host, port) =
+                text.split_once(':').map_or((text.as_str(), None), |(host, port)| (host, Some(port)));
+            let port = port.is_none_or(|port| grant.ports().iter().any(|(own, _)| own.to_string() == port));
+            host == grant.host.as_str() && port
+        };
+        if !hosts.next().is_some_and(named) || hosts.next().is_some() {
+            return Err((StatusCode::MISDIRECTED_REQUEST, "the grant is for another host"));
+        }
+        match grant.allows(request.method().as_str(), request.uri().path()) {
+            Ok(()) => Ok(()),
+            Err(Refusal::NotAllowed) => {
+                Err((StatusCode::FORBIDDEN, "the grant does not allow this method on this path"))
+            }
+            Err(Refusal::Ambiguous) => bad("its path can be read in two ways"),
+        }
+    }
+
+    async fn pass_on(&self, mut request: Request<Incoming>) -> Result<Response<Body>, Failure> {
+        let Http { grant, secret, .. } = &*self.http;
+        let headers = request.headers_mut();
+        strip_hop_by_hop(headers);
+        let default = grant.ports().first().is_some_and(|(port, _)| *port == 443);
+        let host = match grant.port.filter(|_| !default) {
+            Some(port) => format!("{}:{port}", grant.host),
+            None => grant.host.to_string(),
+        };
+        headers.insert(HOST, host.parse()?);
+        if let Some((name, value)) = secret {
+            let mut value = HeaderValue::from_bytes(value)?;
+            value.set_sensitive(true);
+            // Whatever the workload says there is its own.
+            headers.insert(name, value);
+        }
+        let mut kept = self.send.take();
+        let is_open = match &mut kept {
+            Some(send) => send.ready().await.is_ok(),
+            None => false,
+        };
+        let mut send = match kept.filter(|_| is_open) {
+            Some(send) => send,
+            None => self.open().await?,
+        };
+        let sent = send.send_request(request).await?;
+        self.send.replace(Some(send));
+        let (mut head, body) = sent.into_parts();
+        strip_hop_by_hop(&mut head.headers);
+        if head.status == StatusCode::SWITCHING_PROTOCOLS {
+            return Err("the upstream switches protocols".into());
+        }
+        Ok(Response::from_parts(head, body.boxed()))
+    }
+
+    /// A connection to the upstream, made by the core, and TLS on it to whom the grant names.
+    async fn open(&self) -> Result<SendRequest<Incoming>, Failure> {
+        let opened = self.line.open(&self.http.grant, &self.workload).await?;
+        let stream = TcpStream::from_std(opened.stream.into())?;
+        let Some(config) = &self.http.client else {
+            debug_assert_eq!(self.http.grant.upstream_tls, UpstreamTls::Off);
+            return connected(stream, opened.guard).await;
+        };
+        let name = ServerName::try_from(self.http.grant.host.to_string())?;
+        let stream = TlsConnector::from(Arc::clone(config)).connect(name, stream).await?;
+        connected(stream, opened.guard).await
+    }
+}
+
+async fn connected(
+    stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
+    guard: super::Open,
+) -> Result<SendRequest<Incoming>, Failure> {
+    let (send, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    tokio::task::spawn_local(async move {
+        let _ = connection.await;
+        drop(guard);
+    });
+    Ok(send)
+}
+
+fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<String> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(|name| name.trim().to_owned())
+        .collect();
+    for name in HOP_BY_HOP.iter().copied().chain(named.iter().map(String::as_str)) {
+        headers.remove(name);
+    }
+}
+
+fn said(status: StatusCode, why: &'static str) -> Response<Body> {
+    let text = format!("broker: {why}\n");
+    let mut response = Response::new(Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed());
+    *response.status_mut() = status;
+    response
+}
