@@ -143,8 +143,15 @@ pub fn role_core() -> ExitCode {
         give_up_everything().map_err(|error| format!("the core cannot drop its rights: {error}"))?;
         let launcher = io::stdin().as_fd().try_clone_to_owned().map_err(|error| error.to_string())?;
         let setup = core::Setup::receive(&launcher)?;
-        sandbox::confine_server(Path::new("/etc"), &setup.config.server.record())
-            .map_err(|error| core::Why::Unfit(format!("the core cannot be confined: {error}")))?;
+        let record = setup.config.server.record();
+        sandbox::confine_server(Path::new("/etc"), &record).map_err(|error| {
+            let more = if error.kind() == io::ErrorKind::PermissionDenied {
+                "; others have to be let through all directories above it (`chmod o+x`)"
+            } else {
+                ""
+            };
+            core::Why::Unfit(format!("the core cannot be confined to {}: {error}{more}", record.display()))
+        })?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
         runtime.map_err(|error| error.to_string())?.block_on(core::serve(launcher, setup))
     };
