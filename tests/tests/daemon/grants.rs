@@ -3,6 +3,8 @@
 
 #[path = "grants/canary.rs"]
 mod canary;
+#[path = "grants/gateway.rs"]
+mod gateway;
 #[path = "grants/rows.rs"]
 mod rows;
 #[path = "grants/servers.rs"]
