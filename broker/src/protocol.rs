@@ -150,6 +150,9 @@ pub struct Narrow {
     pub session: String,
     /// What may be asked for on it.
     pub policies: Vec<PolicyName>,
+    /// Which grants sandboxes may have that are asked for on it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub grants: Vec<Name>,
 }
 
 /// A reply to `Narrow`.

@@ -148,9 +148,10 @@ impl Rights {
     }
 
     /// No more than these, and nothing of others.
-    pub fn narrowed(&self, policies: &[PolicyName]) -> Rights {
+    pub fn narrowed(&self, policies: &[PolicyName], grants: &[Name]) -> Rights {
         let policies = policies.iter().filter(|policy| self.may_use(policy)).cloned().collect();
-        Rights { policies, ..Rights::default() }
+        let grants = grants.iter().filter(|grant| self.may_grant(grant)).cloned().collect();
+        Rights { policies, grants, ..Rights::default() }
     }
 
     /// Whether sandboxes of others may be operated on.

@@ -2,6 +2,7 @@
 //! but the sockets that it was handed: those that listen inside, and connections that the core made.
 
 mod http;
+mod mask;
 mod names;
 mod tls;
 
@@ -317,6 +318,7 @@ fn provided(line: &OwnedFd) -> Result<Http, Box<dyn std::error::Error>> {
         Provided::Secret { grant, secret } => (*grant, secret),
         Provided::Missing { why } => return Err(why.into()),
     };
+    let mask = secret.as_ref().map(|secret| mask::Mask::of(secret)).unwrap_or_default();
     let secret = match (&grant.inject, secret) {
         (Some(inject), Some(secret)) => {
             let value = Zeroizing::new(inject.rendered(&secret).into_bytes());
@@ -334,7 +336,7 @@ fn provided(line: &OwnedFd) -> Result<Http, Box<dyn std::error::Error>> {
             Some(tls::client(&bundle)?)
         }
     };
-    Ok(Http { grant, secret, client })
+    Ok(Http { grant, secret, mask, client })
 }
 
 async fn answer_names(socket: UdpSocket, table: Rc<BTreeMap<String, [IpAddr; 2]>>, line: Rc<Line>) {

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::Core;
+use super::grants::may_have;
 use crate::connection::{Connection, End};
 use crate::protocol::{Code, Denial, Minted, Narrow, Sandbox};
 use crate::say::complain;
@@ -163,10 +164,13 @@ impl Core {
             Ok(session) => session,
             Err(denial) => return self.deny(connection, asker, "Narrow", denial).await,
         };
-        let rights = asker.rights.narrowed(&wish.policies);
+        let rights = asker.rights.narrowed(&wish.policies, &wish.grants);
         if let Some(policy) = wish.policies.iter().find(|policy| !rights.may_use(policy)) {
             let message = format!("policy {:?} is not yours to pass on", policy.as_str());
             let denial = Denial::new(Code::PolicyNotGranted, message);
+            return self.deny(connection, asker, "Narrow", denial).await;
+        }
+        if let Err(denial) = may_have(&wish.grants, &asker.rights, &self.config) {
             return self.deny(connection, asker, "Narrow", denial).await;
         }
         // Whoever has minted it: a channel with no right of its own is no stranger's.
@@ -183,6 +187,9 @@ impl Core {
         let minted = Asker { peer: asker.peer, rights, session: Some(session), origin };
         let mut event = minted.event("derive");
         event["policies"] = json!(wish.policies);
+        if !wish.grants.is_empty() {
+            event["grants"] = json!(wish.grants);
+        }
         if !self.audit.record(event).await {
             self.leave(asker.peer);
             return self.deny(connection, asker, "Narrow", Denial::not_recorded()).await;

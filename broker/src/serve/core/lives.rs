@@ -192,7 +192,11 @@ impl Core {
                 };
                 match said {
                     FromSupervisor::Executed { number, outcome } => core.note_end(&live, number, outcome),
-                    FromSupervisor::Renewed => live.renewals.one_more(),
+                    FromSupervisor::Renewed => {
+                        // What listened did so in the namespace that is gone.
+                        core.close_gate(&live.id).await;
+                        live.renewals.one_more();
+                    }
                     FromSupervisor::Ready { .. } | FromSupervisor::Ear { .. } => {}
                     ended => break ended,
                 }

@@ -1,16 +1,19 @@
 //! Kind `http`: every request is looked at, and only what the grant allows goes on, with the credential in it.
 
 use std::cell::RefCell;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
-use hyper::body::{Bytes, Incoming};
+use hyper::body::{Bytes, Frame, Incoming, SizeHint};
 use hyper::client::conn::http1::SendRequest;
 use hyper::header::{
-    CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING,
+    ACCEPT_ENCODING, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue,
+    TRANSFER_ENCODING,
 };
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode, Version};
@@ -22,6 +25,7 @@ use tokio_rustls::TlsConnector;
 use zeroize::Zeroizing;
 
 use super::Line;
+use super::mask::Mask;
 use crate::grant::{Grant, Refusal, UpstreamTls};
 
 /// What one request's head may take.
@@ -50,6 +54,8 @@ pub struct Http {
     pub grant: Grant,
     /// The header's value, where there is a credential.
     pub secret: Option<(HeaderName, Zeroizing<Vec<u8>>)>,
+    /// Takes the secret out of what comes back.
+    pub mask: Mask,
     /// Nothing where the upstream is spoken to in the clear.
     pub client: Option<Arc<rustls::ClientConfig>>,
 }
@@ -146,6 +152,10 @@ impl Upstream {
             None => grant.host.to_string(),
         };
         headers.insert(HOST, host.parse()?);
+        if !self.http.mask.is_idle() {
+            // A reply that is compressed could not be searched; one that is compressed all the same is not passed on.
+            headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        }
         if let Some((name, value)) = secret {
             let mut value = HeaderValue::from_bytes(value)?;
             value.set_sensitive(true);
@@ -168,6 +178,16 @@ impl Upstream {
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
             return Err("the upstream switches protocols".into());
         }
+        if self.http.mask.is_idle() {
+            return Ok(Response::from_parts(head, body.boxed()));
+        }
+        if head.headers.get_all(CONTENT_ENCODING).iter().any(|encoding| encoding != "identity") {
+            return Err("the upstream compresses what it was asked not to".into());
+        }
+        for value in head.headers.values_mut() {
+            *value = masked(&self.http.mask, value.as_bytes(), HeaderValue::from_bytes)?;
+        }
+        let body = Masked { body, mask: self.http.mask.clone(), trailers: None };
         Ok(Response::from_parts(head, body.boxed()))
     }
 
@@ -182,6 +202,69 @@ impl Upstream {
         let name = ServerName::try_from(self.http.grant.host.to_string())?;
         let stream = TlsConnector::from(Arc::clone(config)).connect(name, stream).await?;
         connected(stream, opened.guard).await
+    }
+}
+
+fn masked<T, E>(mask: &Mask, bytes: &[u8], made: impl Fn(&[u8]) -> Result<T, E>) -> Result<T, E> {
+    let mut mask = mask.clone();
+    let text = [mask.piece(bytes), mask.end()].concat();
+    made(&text)
+}
+
+/// A body with the secret taken out.
+struct Masked {
+    body: Incoming,
+    mask: Mask,
+    /// They come after what is held.
+    trailers: Option<HeaderMap>,
+}
+
+impl hyper::body::Body for Masked {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let Masked { body, mask, trailers } = self.get_mut();
+        loop {
+            if let Some(trailers) = trailers.take() {
+                return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+            }
+            let frame = match std::task::ready!(Pin::new(&mut *body).poll_frame(context)) {
+                Some(frame) => frame?,
+                None => {
+                    let rest = mask.end();
+                    let rest = (!rest.is_empty()).then(|| Ok(Frame::data(rest.into())));
+                    return Poll::Ready(rest);
+                }
+            };
+            match frame.into_data() {
+                Ok(data) => {
+                    let piece = mask.piece(&data);
+                    if !piece.is_empty() {
+                        return Poll::Ready(Some(Ok(Frame::data(piece.into()))));
+                    }
+                }
+                Err(frame) => {
+                    let mut last = frame.into_trailers().unwrap_or_default();
+                    for value in last.values_mut() {
+                        let clean = masked(mask, value.as_bytes(), HeaderValue::from_bytes);
+                        *value = clean.unwrap_or(HeaderValue::from_static("*"));
+                    }
+                    let rest = mask.end();
+                    *trailers = Some(last);
+                    if !rest.is_empty() {
+                        return Poll::Ready(Some(Ok(Frame::data(rest.into()))));
+                    }
+                }
+            }
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -81,6 +81,7 @@ impl Nginx {
              ssl_certificate {place}/own.pem; ssl_certificate_key {place}/own.key;\n\
              if ($who = nobody) {{ return 401; }}\n\
              location /away {{ return 302 https://elsewhere.test/; }}\n\
+             location /echo {{ add_header X-Echo $http_authorization; return 200 \"you sent $http_authorization.\\n\"; }}\n\
              location / {{ return 200 \"hello $who\\n\"; }} }} }}\n"
         );
         fs::write(folder.path().join("nginx.conf"), configuration).expect("it is ours");

@@ -1,6 +1,8 @@
 //! Grants that are used as they are meant to be, by programs that know nothing of them.
 
 use super::servers::{Echo, Server};
+use serde_json::json;
+
 use super::*;
 
 /// The control: without the grant the name is not there, and who brings no credential is nobody to the server.
@@ -292,4 +294,71 @@ except OSError as e: print(e.errno)";
     let _ = other.kill();
     let _ = other.wait();
     assert_eq!(of_kind(&daemon, "revoke")[0]["sandbox"], first);
+}
+
+/// A sandbox that lives has its grants too, for each command in it, until another principal has it.
+#[test]
+fn a_sandbox_that_lives_has_grants_until_it_is_another_s() {
+    let echo = Echo::start();
+    let grant = format!(
+        "[grant.echo]\nkind = \"tcp\"\nhost = \"echo.test\"\nport = 7\nupstream = \"127.0.0.1:{}\"\n",
+        echo.port
+    );
+    let daemon = daemon(&grant, "unused");
+    let peer = lives::Peer::new(&daemon);
+    let say = "echo hello | nc -N -w 2 echo.test 7 || echo none";
+    let provision =
+        json!({ "policy": "default", "environment": [], "path": "/usr/bin:/bin", "grants": ["echo"] });
+    peer.send("Provision", &provision, false, &[]);
+    let (reply, mut given) = peer.reply();
+    assert!(reply["error"].is_null(), "{reply}");
+    let handle = given.pop().expect("a handle");
+    for effect in ["one", "two"] {
+        assert_eq!(peer.execute(&handle, effect, say).1, "hello\n");
+    }
+    // A narrower channel has what was named for it, and what is run there is another principal's.
+    let narrow = |session: &str, grants: &[&str]| {
+        peer.send(
+            "Narrow",
+            &json!({ "session": session, "policies": ["default"], "grants": grants }),
+            false,
+            &[],
+        );
+        let (reply, mut given) = peer.reply();
+        assert!(reply["error"].is_null(), "{reply}");
+        lives::Peer::from(given.pop().expect("a channel"))
+    };
+    let (with, without) = (narrow("with", &["echo"]), narrow("without", &[]));
+    with.send("Provision", &provision, false, &[]);
+    assert!(with.reply().0["error"].is_null());
+    without.send("Provision", &provision, false, &[]);
+    assert_eq!(without.reply().0["parameters"]["code"], "grant-not-granted");
+    peer.send("Narrow", &json!({ "session": "x", "policies": [], "grants": ["absent"] }), false, &[]);
+    assert_eq!(peer.reply().0["parameters"]["code"], "grant-not-granted");
+    assert_eq!(with.execute(&handle, "three", say).1, "none\n", "taken over, in new namespaces");
+}
+
+/// What an upstream says of the credential does not come inside, in headers or in the body.
+#[test]
+fn a_reply_does_not_tell_the_secret() {
+    let secret = secret();
+    let nginx = Nginx::start(&secret);
+    let daemon = daemon(&api(&nginx, READ_ALL), &secret);
+    let output = run(&daemon, &["api"], "curl -sSi https://api.test/echo");
+    let (reply, errors) = said(&output);
+    let stars = "*".repeat(secret.len());
+    assert!(reply.ends_with(&format!("you sent Bearer {stars}.\n")), "{reply}{errors}");
+    assert!(
+        reply.to_lowercase().contains(&format!("x-echo: bearer {stars}")) && !reply.contains(&secret),
+        "{reply}"
+    );
+    // The control: who has the token sees it.
+    let resolve = format!("api.test:{}:127.0.0.1", nginx.port);
+    let direct = Command::new("curl")
+        .args(["-sS", "-H", &format!("Authorization: Bearer {secret}"), "--resolve", &resolve, "--cacert"])
+        .arg(nginx.authority())
+        .arg(format!("https://api.test:{}/echo", nginx.port))
+        .output()
+        .expect("curl runs");
+    assert!(said(&direct).0.contains(&secret));
 }
