@@ -31,7 +31,7 @@ use http::Http;
 
 /// Connections of one workload that are served at the same time; others wait.
 const CONNECTIONS_MAX: usize = 1024;
-const COPY_BYTES: usize = 64 << 10;
+const COPY_BYTES: usize = 128 << 10;
 
 /// A grant as a sandbox has it.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -13,7 +13,7 @@ use hyper::body::{Bytes, Frame, Incoming, SizeHint};
 use hyper::client::conn::http1::SendRequest;
 use hyper::header::{
     ACCEPT_ENCODING, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue,
-    TRANSFER_ENCODING,
+    RANGE, TRANSFER_ENCODING,
 };
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode, Version};
@@ -155,6 +155,8 @@ impl Upstream {
         if !self.http.mask.is_idle() {
             // A reply that is compressed could not be searched; one that is compressed all the same is not passed on.
             headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+            // Nor could one that is asked for in parts, a piece of the secret in each.
+            headers.remove(RANGE);
         }
         if let Some((name, value)) = secret {
             let mut value = HeaderValue::from_bytes(value)?;
