@@ -15,7 +15,20 @@ main() { systemctl show -p MainPID --value broker.service; }
 printf 'ada:x:1500:1500::/:/bin/sh\neve:x:1501:1501::/:/bin/sh\n' >> /etc/passwd
 printf 'ada:x:1500:\neve:x:1501:\n' >> /etc/group
 mkdir -p /etc/broker/policies /etc/systemd/system/broker.service.d
-printf '[[access]]\nuser = "ada"\npolicies = ["default", "unlimited"]\n' > /etc/broker/config.toml
+cat > /etc/broker/config.toml <<'CONFIG'
+[[access]]
+user = "ada"
+policies = ["default", "unlimited"]
+grants = ["echo"]
+[grant.echo]
+kind = "tcp"
+host = "echo.test"
+port = 7
+upstream = "127.0.0.1:7007"
+CONFIG
+printf '[Socket]\nListenStream=127.0.0.1:7007\nAccept=yes\n' > /etc/systemd/system/echo.socket
+printf '[Service]\nExecStart=cat\nStandardInput=socket\n' > /etc/systemd/system/echo@.service
+systemctl daemon-reload && systemctl start echo.socket
 printf 'extends = "default"\nallow_gaps = ["no-cgroup"]\n' > /etc/broker/policies/unlimited.toml
 # It is killed here more often than systemd puts up with, and a hang is to be seen sooner than after half a minute.
 printf '[Unit]\nStartLimitIntervalSec=0\n[Service]\nWatchdogSec=6\nTimeoutStartSec=60\n' > /etc/systemd/system/broker.service.d/test.conf
@@ -41,6 +54,9 @@ else
     check "what was changed in it can be seen, and by its owner alone" "as broker diff $id | grep -qx 'M \"made\"' && ! stranger broker diff $id"
     check "and committed" "as broker commit $id && [ \$(cat /srv/work/made) = changed ] && [ \$(stat -c %u /srv/work/new) = 1500 ]"
 fi
+check "a grant leads to the server, under the unit's rights" "(cd / && as broker exec --policy $policy --grant echo -- bash -c 'exec 3<>/dev/tcp/echo.test/7; echo hello >&3; read -t 20 answer <&3; echo \$answer') | grep -qx hello"
+check "without it there is no such name" "! run bash -c 'exec 3<>/dev/tcp/echo.test/7' 2>/dev/null"
+check "the vault keeps a credential, and its name is all that comes out" "echo a-secret-of-mine | broker credential add mine && [ \$(broker credential list) = mine ] && ! grep -rq a-secret-of-mine /var/lib/broker"
 check "a policy that is not granted is refused" "! as broker exec --policy build -- true"
 check "a user who is not named is refused" "(cd / && ! stranger broker exec --policy $policy -- true)"
 if [ $policy = default ]; then
