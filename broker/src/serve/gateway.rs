@@ -7,7 +7,7 @@ mod names;
 mod tls;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, TcpStream as StdStream, UdpSocket as StdDatagrams};
 use std::os::fd::{AsFd, OwnedFd};
@@ -31,6 +31,8 @@ use http::Http;
 
 /// Connections of one workload that are served at the same time; others wait.
 const CONNECTIONS_MAX: usize = 1024;
+/// Names that nobody granted, that the core is told of.
+const UNKNOWN_MAX: usize = 64;
 const COPY_BYTES: usize = 128 << 10;
 
 /// A grant as a sandbox has it.
@@ -341,12 +343,14 @@ fn provided(line: &OwnedFd) -> Result<Http, Box<dyn std::error::Error>> {
 
 async fn answer_names(socket: UdpSocket, table: Rc<BTreeMap<String, [IpAddr; 2]>>, line: Rc<Line>) {
     let mut question = [0; names::QUESTION_BYTES_MAX];
+    let mut told = BTreeSet::new();
     loop {
         let Ok((length, from)) = socket.recv_from(&mut question).await else { continue };
         let answered = names::answer(&question[..length], |name| table.get(name).copied());
         let Some(names::Answered { bytes, unknown }) = answered else { continue };
         let _ = socket.send_to(&bytes, from).await;
-        if let Some(name) = unknown {
+        // Whoever asks for ever more of them is recorded no further, and costs nobody else anything.
+        if let Some(name) = unknown.filter(|name| told.len() < UNKNOWN_MAX && told.insert(name.clone())) {
             let _ = line.say(&FromGateway::Unknown { name }, None).await;
         }
     }

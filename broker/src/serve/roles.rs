@@ -294,7 +294,11 @@ impl Running {
     /// Gives the vault what it needs. What cannot be opened is said, and the grants that need it are refused.
     fn equip(&self, config: &Config) -> io::Result<()> {
         let said = |path: &Path, error: io::Error| complain!("vault: {}: {error}", path.display());
-        let open = |path: &Path| File::open(path).map(OwnedFd::from).map_err(|error| said(path, error)).ok();
+        let open = |path: &Path| {
+            // A FIFO would have the launcher wait for whoever writes.
+            let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+            opened.map(OwnedFd::from).map_err(|error| said(path, error)).ok()
+        };
         let say = |message: ToRole, given: &[OwnedFd]| {
             let given: Vec<_> = given.iter().map(AsFd::as_fd).collect();
             send(&self.channel, &message, &given, SendFlags::empty())

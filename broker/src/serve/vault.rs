@@ -3,22 +3,23 @@
 
 mod store;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use rustix::net::SendFlags;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use super::config::Config;
-use super::inner::send_bytes;
+use super::inner::{send_bytes, until};
 use crate::grant::{Grant, Name, Source};
 pub use store::{KEY_BYTES, Store};
 
-/// How long whoever sends a secret may pause.
-const PATIENCE: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
+/// How long whoever sends a secret may take.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// The longest secret, in bytes.
 pub const SECRET_BYTES_MAX: usize = 16 << 10;
 
@@ -101,9 +102,10 @@ pub fn read_secret(from: OwnedFd) -> Result<Zeroizing<String>, String> {
     let mut bytes = Zeroizing::new(Vec::with_capacity(SECRET_BYTES_MAX + 1));
     let limit = u64::try_from(SECRET_BYTES_MAX + 1).unwrap_or(u64::MAX);
     let mut from = std::fs::File::from(from).take(limit);
+    let then = Instant::now() + PATIENCE;
     loop {
         let mut waits = [PollFd::new(from.get_ref(), PollFlags::IN)];
-        if !matches!(poll(&mut waits, Some(&PATIENCE)), Ok(1..)) {
+        if !matches!(poll(&mut waits, Some(&until(then))), Ok(1..)) {
             return Err("it does not come".to_owned());
         }
         // Of the room that is there already: what a vector leaves behind as it grows is not wiped.

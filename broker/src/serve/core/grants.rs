@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use rustix::net::{RecvFlags, SendFlags, Shutdown, shutdown};
+use rustix::net::{RecvFlags, Shutdown, shutdown};
 use serde_json::json;
 use tokio::io::Interest;
 use tokio::net::{TcpStream, UnixStream};
@@ -16,165 +16,24 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::askers::Asker;
+use super::gate::{Gate, OPEN_ALL_MAX, OPEN_OF_UID_MAX, Open, boot_clock, cut_when_expired};
 use super::{Core, not_started};
 use crate::connection::{Connection, End};
 use crate::grant::{Grant, Host, Kind, Name, ambiguous};
-use crate::protocol::{AllGrants, Code, Denial, Has, Revoke, Revoked};
+use crate::protocol::{AllGrants, Code, Denial, Revoke, Revoked};
 use crate::serve::audit::bounded;
 use crate::serve::config::{Config, Rights, Verb};
 use crate::serve::gateway::{FromGateway, Granted, Place, ToGateway};
-use crate::serve::inner::{
-    DESCRIPTORS_MAX, FromSupervisor, Listen, ToLauncher, channel, packets, receive, send,
-};
+use crate::serve::inner::{DESCRIPTORS_MAX, FromSupervisor, Listen, ToLauncher, channel, packets, receive};
 
 /// How long an upstream may take to take a connection.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
-/// How late the connections of a grant that has expired may be cut. Nothing new is made on it from the first instant on.
-const EXPIRY_PAUSE: Duration = Duration::from_millis(200);
 /// Grants of one sandbox.
 const GRANTS_MAX: usize = 64;
-/// Connections of one sandbox that are open at the same time.
-const OPEN_MAX: usize = 1024;
 /// Names that nobody granted, of one sandbox, that are recorded one by one.
 const UNKNOWN_MAX: usize = 64;
 /// Requests that are being recorded, of one sandbox.
 const RECORDING_MAX: usize = 64;
-
-/// Of one sandbox.
-pub(super) struct Gate {
-    id: String,
-    granted: Vec<Granted>,
-    gateway: UnixStream,
-    /// By the boot clock, which counts while the host sleeps and which nobody sets (clock_gettime(2)).
-    since: Duration,
-    state: Mutex<State>,
-}
-
-#[derive(Default)]
-struct State {
-    /// Copies of what listens inside, so that nobody there can take its place.
-    listeners: Vec<(Option<Name>, OwnedFd)>,
-    open: BTreeMap<u64, Open>,
-    uses: BTreeMap<Name, u64>,
-    revoked: BTreeSet<Name>,
-    unknown: BTreeSet<String>,
-    unknown_more: u64,
-}
-
-/// A connection, both ends.
-struct Open {
-    grant: Name,
-    workload: OwnedFd,
-    upstream: OwnedFd,
-}
-
-impl Open {
-    /// As the kernel counted them, from the workload and to it.
-    fn bytes(&self) -> (u64, u64) {
-        sandbox::tcp_bytes(&self.upstream).unwrap_or_default()
-    }
-}
-
-impl Gate {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What listens inside, in the order in which it is handed out.
-    fn places(&self) -> Vec<(Place, Option<SocketAddr>)> {
-        let of = |granted: &Granted| {
-            let (name, addresses) = (granted.name.clone(), granted.addresses);
-            granted.grant.ports().into_iter().flat_map(move |(port, tls)| {
-                let place = Place::Listener { grant: name.clone(), tls };
-                addresses.map(|address| (place.clone(), Some(SocketAddr::new(address, port))))
-            })
-        };
-        std::iter::once((Place::Names, None)).chain(self.granted.iter().flat_map(of)).collect()
-    }
-
-    async fn tell(&self, message: &ToGateway, given: &[OwnedFd]) -> io::Result<()> {
-        let given: Vec<_> = given.iter().map(AsFd::as_fd).collect();
-        let tell = || send(&self.gateway, message, &given, SendFlags::DONTWAIT);
-        self.gateway.async_io(Interest::WRITABLE, tell).await
-    }
-
-    /// Cuts what is open on `grant`, the workload's sides of all before any upstream's; how many there were. Nothing more is opened.
-    fn cut(&self, grant: &Name) -> u64 {
-        let mut state = self.state();
-        state.revoked.insert(grant.clone());
-        // A listener that was shut down refuses, and its port is not free.
-        for (_, listener) in state.listeners.iter().filter(|(of, _)| of.as_ref() == Some(grant)) {
-            let _ = shutdown(listener, Shutdown::Both);
-        }
-        let open: Vec<&Open> = state.open.values().filter(|open| open.grant == *grant).collect();
-        for end in open.iter().map(|open| &open.workload).chain(open.iter().map(|open| &open.upstream)) {
-            let _ = shutdown(end, Shutdown::Both);
-        }
-        u64::try_from(open.len()).unwrap_or(u64::MAX)
-    }
-
-    fn expired(&self, granted: &Granted) -> bool {
-        let age = boot_clock().saturating_sub(self.since);
-        granted.grant.expires.is_some_and(|span| age >= span.duration())
-    }
-
-    fn has(&self) -> Vec<Has> {
-        let state = self.state();
-        let has = |granted: &Granted| Has {
-            sandbox: self.id.clone(),
-            grant: granted.name.clone(),
-            kind: granted.grant.kind,
-            host: granted.grant.host.to_string(),
-            uses: state.uses.get(&granted.name).copied().unwrap_or_default(),
-            open: state.open.values().filter(|open| open.grant == granted.name).count() as u64,
-            revoked: state.revoked.contains(&granted.name) || self.expired(granted),
-        };
-        self.granted.iter().map(has).collect()
-    }
-
-    /// Where a connection on `grant` goes, and that it was counted.
-    fn book(&self, grant: &Name) -> Result<SocketAddr, &'static str> {
-        let granted =
-            self.granted.iter().find(|granted| granted.name == *grant).ok_or("it is not granted")?;
-        let expired = self.expired(granted);
-        let mut state = self.state();
-        if state.revoked.contains(grant) {
-            return Err("the grant was revoked");
-        }
-        if expired {
-            return Err("the grant has expired");
-        }
-        if state.open.len() >= OPEN_MAX {
-            return Err("too many connections are open");
-        }
-        let uses = state.uses.entry(grant.clone()).or_default();
-        if granted.grant.uses.is_some_and(|most| *uses >= most) {
-            return Err("the grant is used up");
-        }
-        *uses += 1;
-        granted.grant.upstream.ok_or("it has no upstream")
-    }
-}
-
-fn boot_clock() -> Duration {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.try_into().unwrap_or_default())
-}
-
-/// Cuts what has expired, for as long as the sandbox is there.
-async fn cut_when_expired(gate: std::sync::Weak<Gate>) {
-    while let Some(gate) = gate.upgrade() {
-        let expired =
-            |granted: &&Granted| gate.expired(granted) && !gate.state().revoked.contains(&granted.name);
-        let expired: Vec<Name> =
-            gate.granted.iter().filter(expired).map(|granted| granted.name.clone()).collect();
-        for name in expired {
-            gate.cut(&name);
-        }
-        drop(gate);
-        tokio::time::sleep(EXPIRY_PAUSE).await;
-    }
-}
 
 /// Whether a sandbox with all of `names` may be asked for.
 pub(super) fn may_have(names: &[Name], rights: &Rights, config: &Config) -> Result<(), Denial> {
@@ -216,8 +75,10 @@ impl Core {
             lines.push(gateways);
         }
         let gateway = packets(ours).map_err(text)?;
+        let uid = self.table().sandboxes.get(id).map_or(0, |sandbox| sandbox.uid);
         let gate = Gate {
             id: id.to_owned(),
+            uid,
             granted: granted.clone(),
             gateway,
             since: boot_clock(),
@@ -354,14 +215,42 @@ impl Core {
     ) -> Result<OwnedFd, String> {
         let workload = workload.ok_or("it came without the workload's end")?;
         let refuse = |why: &str| json!({ "kind": "deny", "code": "grant", "sandbox": gate.id, "grant": grant, "message": why });
-        let address = match gate.book(grant) {
+        let address = match self.room(gate).and_then(|()| gate.book(grant)) {
             Ok(address) => address,
             Err(why) => {
-                self.audit.record(refuse(why)).await;
                 let _ = shutdown(&workload, Shutdown::Both);
+                if gate.one_more_refused() {
+                    self.audit.record(refuse(why)).await;
+                }
                 return Err(why.to_owned());
             }
         };
+        let made = self.make(gate, number, grant, workload, address).await;
+        gate.state().making -= 1;
+        made
+    }
+
+    /// Whether one more may be opened, for its user and at all.
+    fn room(&self, gate: &Gate) -> Result<(), &'static str> {
+        let table = self.table();
+        let all: usize = table.gates.values().map(|gate| gate.open()).sum();
+        let own: usize =
+            table.gates.values().filter(|other| other.uid == gate.uid).map(|gate| gate.open()).sum();
+        if all >= OPEN_ALL_MAX || own >= OPEN_OF_UID_MAX {
+            Err("too many connections are open")
+        } else {
+            Ok(())
+        }
+    }
+
+    async fn make(
+        &self,
+        gate: &Gate,
+        number: u64,
+        grant: &Name,
+        workload: OwnedFd,
+        address: SocketAddr,
+    ) -> Result<OwnedFd, String> {
         let event = json!({ "kind": "open", "sandbox": gate.id, "grant": grant, "number": number, "upstream": address });
         if !self.audit.record(event).await {
             return Err("it cannot be recorded".to_owned());
@@ -413,10 +302,8 @@ impl Core {
         for number in left {
             self.closed(&gate, number).await;
         }
-        let more = gate.state().unknown_more;
-        if more > 0 {
-            let event =
-                json!({ "kind": "deny", "code": "name-not-granted", "sandbox": id, "repeated": more });
+        for (code, repeated) in gate.not_recorded() {
+            let event = json!({ "kind": "deny", "code": code, "sandbox": id, "repeated": repeated });
             self.audit.record(event).await;
         }
         let _ = self.tell(&ToLauncher::EndGateway { id: id.to_owned() }, &[]).await;

@@ -46,6 +46,10 @@ const HOP_BY_HOP: [&str; 9] = [
     "upgrade",
 ];
 
+/// What some servers take for another method or path than those that were judged.
+const OVERRIDES: [&str; 5] =
+    ["x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url"];
+
 type Body = BoxBody<Bytes, hyper::Error>;
 type Failure = Box<dyn std::error::Error>;
 
@@ -146,6 +150,9 @@ impl Upstream {
         let Http { grant, secret, .. } = &*self.http;
         let headers = request.headers_mut();
         strip_hop_by_hop(headers);
+        for name in OVERRIDES {
+            headers.remove(name);
+        }
         let default = grant.ports().first().is_some_and(|(port, _)| *port == 443);
         let host = match grant.port.filter(|_| !default) {
             Some(port) => format!("{}:{port}", grant.host),
