@@ -13,7 +13,7 @@ mod servers;
 mod used;
 
 use super::*;
-use servers::{Nginx, free_port};
+use servers::{Echo, Nginx, free_port};
 
 /// What nobody but the vault, a gateway and the upstream may ever have.
 fn secret() -> String {
@@ -48,6 +48,14 @@ fn api(nginx: &Nginx, allow: &str) -> String {
          upstream = \"127.0.0.1:{}\"\nupstream_ca = \"file:{}\"\n",
         nginx.port,
         nginx.authority().display()
+    )
+}
+
+/// A grant of kind `tcp` for `echo`, and what else is said of it.
+fn echo_grant(echo: &Echo, more: &str) -> String {
+    format!(
+        "[grant.echo]\nkind = \"tcp\"\nhost = \"echo.test\"\nport = 7\nupstream = \"127.0.0.1:{}\"\n{more}",
+        echo.port
     )
 }
 

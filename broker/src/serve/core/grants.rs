@@ -28,8 +28,8 @@ use crate::serve::inner::{DESCRIPTORS_MAX, FromSupervisor, Listen, ToLauncher, c
 
 /// How long an upstream may take to take a connection.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
-/// Grants of one sandbox.
-const GRANTS_MAX: usize = 64;
+/// Grants of one sandbox: the lines to the vault of all of them are one packet's descriptors.
+const GRANTS_MAX: usize = DESCRIPTORS_MAX;
 /// Names that nobody granted, of one sandbox, that are recorded one by one.
 const UNKNOWN_MAX: usize = 64;
 /// Requests that are being recorded, of one sandbox.
@@ -182,10 +182,17 @@ impl Core {
                 FromGateway::Ready { .. } | FromGateway::Unfit { .. } => {}
             }
         }
-        // Without its gateway nothing of a sandbox's goes on.
+        // Without its gateway nothing of a sandbox's goes on, and what comes is refused.
+        self.cut_all(&gate).await;
+    }
+
+    async fn cut_all(&self, gate: &Gate) {
+        for granted in &gate.granted {
+            gate.cut(&granted.name);
+        }
         let left: Vec<u64> = gate.state().open.keys().copied().collect();
         for number in left {
-            self.closed(&gate, number).await;
+            self.closed(gate, number).await;
         }
     }
 
@@ -295,13 +302,7 @@ impl Core {
     /// Nothing of a sandbox that has ended is open.
     pub(super) async fn close_gate(&self, id: &str) {
         let Some(gate) = self.table().gates.remove(id) else { return };
-        for granted in &gate.granted {
-            gate.cut(&granted.name);
-        }
-        let left: Vec<u64> = gate.state().open.keys().copied().collect();
-        for number in left {
-            self.closed(&gate, number).await;
-        }
+        self.cut_all(&gate).await;
         for (code, repeated) in gate.not_recorded() {
             let event = json!({ "kind": "deny", "code": code, "sandbox": id, "repeated": repeated });
             self.audit.record(event).await;

@@ -176,11 +176,21 @@ impl Upstream {
             Some(send) => send.ready().await.is_ok(),
             None => false,
         };
-        let mut send = match kept.filter(|_| is_open) {
-            Some(send) => send,
-            None => self.open().await?,
+        let (mut send, is_new) = match kept.filter(|_| is_open) {
+            Some(send) => (send, false),
+            None => (self.open().await?, true),
         };
-        let sent = send.send_request(request).await?;
+        let sent = match send.try_send_request(request).await {
+            Ok(sent) => sent,
+            // The upstream closed what was kept at this very moment, and has seen nothing of it.
+            Err(mut failed) => match failed.take_message().filter(|_| !is_new) {
+                Some(request) => {
+                    send = self.open().await?;
+                    send.send_request(request).await?
+                }
+                None => return Err(failed.into_error().into()),
+            },
+        };
         self.send.replace(Some(send));
         let (mut head, body) = sent.into_parts();
         strip_hop_by_hop(&mut head.headers);

@@ -3,13 +3,6 @@
 use super::servers::Echo;
 use super::*;
 
-fn echo_grant(echo: &Echo, more: &str) -> String {
-    format!(
-        "[grant.echo]\nkind = \"tcp\"\nhost = \"echo.test\"\nport = 7\nupstream = \"127.0.0.1:{}\"\n{more}",
-        echo.port
-    )
-}
-
 /// From inside: everything that can be read there is read.
 #[test]
 fn cb_02_the_credential_is_nowhere_inside() {

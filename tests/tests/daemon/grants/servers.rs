@@ -137,3 +137,39 @@ fn echo(mut stream: TcpStream, counted: &Mutex<u64>) {
         }
     }
 }
+
+/// An HTTP server that says it would keep a connection, and closes it after one answer.
+pub struct OneAnswer {
+    pub port: u16,
+    heads: Arc<Mutex<Vec<String>>>,
+}
+
+impl OneAnswer {
+    pub fn start() -> OneAnswer {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("it is bound").port();
+        let heads = Arc::new(Mutex::new(Vec::new()));
+        let kept = Arc::clone(&heads);
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                let mut head = Vec::new();
+                let mut byte = [0];
+                while !head.ends_with(b"\r\n\r\n") && matches!(stream.read(&mut byte), Ok(1)) {
+                    head.push(byte[0]);
+                }
+                kept.lock().expect("nobody panicked").push(text(&head).to_lowercase());
+                let _ = std::io::Write::write_all(
+                    &mut stream,
+                    b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nyes",
+                );
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        });
+        OneAnswer { port, heads }
+    }
+
+    /// Each request's, in lower case.
+    pub fn heads(&self) -> Vec<String> {
+        self.heads.lock().expect("nobody panicked").clone()
+    }
+}

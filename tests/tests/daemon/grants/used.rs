@@ -1,6 +1,6 @@
 //! Grants that are used as they are meant to be, by programs that know nothing of them.
 
-use super::servers::{Echo, Server};
+use super::servers::{Echo, OneAnswer, Server};
 use serde_json::json;
 
 use super::*;
@@ -174,11 +174,7 @@ fn an_upstream_with_another_name_or_authority_gets_no_request() {
 #[test]
 fn bytes_are_counted_as_the_server_counts_them() {
     let echo = Echo::start();
-    let grant = format!(
-        "[grant.echo]\nkind = \"tcp\"\nhost = \"echo.test\"\nport = 7\nupstream = \"127.0.0.1:{}\"\n",
-        echo.port
-    );
-    let daemon = daemon(&grant, "unused");
+    let daemon = daemon(&echo_grant(&echo, ""), "unused");
     let output = run(&daemon, &["echo"], "head -c 300000 /dev/zero | nc -N echo.test 7 | wc -c");
     assert_eq!(said(&output).0, "300000\n", "{}", said(&output).1);
     assert_eq!(echo.bytes(), 300_000);
@@ -248,11 +244,7 @@ fn clients_of_databases_reach_what_is_granted_by_name_and_nothing_else() {
 #[test]
 fn what_is_revoked_is_cut() {
     let echo = Echo::start();
-    let grant = format!(
-        "[grant.echo]\nkind = \"tcp\"\nhost = \"echo.test\"\nport = 7\nupstream = \"127.0.0.1:{}\"\n",
-        echo.port
-    );
-    let daemon = daemon(&grant, "unused");
+    let daemon = daemon(&echo_grant(&echo, ""), "unused");
     let script = "import socket, time
 s = socket.create_connection(('echo.test', 7)); s.sendall(b'x'); s.recv(1); print('up', flush=True)
 print(s.recv(1))
@@ -300,11 +292,7 @@ except OSError as e: print(e.errno)";
 #[test]
 fn a_sandbox_that_lives_has_grants_until_it_is_another_s() {
     let echo = Echo::start();
-    let grant = format!(
-        "[grant.echo]\nkind = \"tcp\"\nhost = \"echo.test\"\nport = 7\nupstream = \"127.0.0.1:{}\"\n",
-        echo.port
-    );
-    let daemon = daemon(&grant, "unused");
+    let daemon = daemon(&echo_grant(&echo, ""), "unused");
     let peer = lives::Peer::new(&daemon);
     let say = "echo hello | nc -N -w 2 echo.test 7 || echo none";
     let provision =
@@ -361,4 +349,28 @@ fn a_reply_does_not_tell_the_secret() {
         .output()
         .expect("curl runs");
     assert!(said(&direct).0.contains(&secret));
+}
+
+/// In the clear on both sides, where the configuration says so; what the upstream closes between two requests is opened again.
+#[test]
+fn an_upstream_may_close_between_two_requests() {
+    let upstream = OneAnswer::start();
+    let grant = format!(
+        "[grant.api]\nkind = \"http\"\nhost = \"api.test\"\ncredential = \"api\"\n\
+         inject = {{ header = \"X-Key\", value = \"{{secret}}\" }}\nallow = [ {READ_ALL} ]\n\
+         upstream = \"127.0.0.1:{}\"\nupstream_tls = \"off\"\nplain = true\n",
+        upstream.port
+    );
+    let secret = secret();
+    let daemon = daemon(&grant, &secret);
+    let script = "import http.client, time
+c = http.client.HTTPConnection('api.test'); c.connect(); own = c.sock
+for n in range(3):
+    c.request('GET', '/%d' % n); r = c.getresponse(); print(r.status, r.read().decode(), c.sock is own); time.sleep(.3)";
+    let output = daemon.exec(ADA, &["--grant", "api"], &["python3", "-c", script]);
+    assert_eq!(said(&output).0, "200 yes True\n".repeat(3), "{}", said(&output).1);
+    let heads = upstream.heads();
+    assert_eq!(heads.len(), 3);
+    assert!(heads.iter().all(|head| head.contains(&format!("x-key: {secret}\r\n")) && head.contains("host: api.test\r\n")), "{heads:?}");
+    assert_eq!(of_kind(&daemon, "open").len(), 3);
 }
