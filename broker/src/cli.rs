@@ -238,6 +238,7 @@ Examples:
   broker exec -- id
   broker exec --policy python --workspace . -- python3 script.py
   broker exec --workspace src:ro --timeout 30s --memory 256MiB --report report.json -- grep -rn TODO .
+  broker exec --grant api -- curl -sS https://api.test/repos/site
   broker exec --policy shell --tty -- bash";
 
 /// `broker exec`

@@ -24,8 +24,10 @@ pub fn run(
     socket: &Path,
     policy: &str,
     wishes: &Wishes,
-    grants: Vec<Name>,
+    mut grants: Vec<Name>,
 ) -> Result<Value, ClientError> {
+    grants.sort();
+    grants.dedup();
     let signals = blocked()?;
     let Offered { mut descriptors, streams, pumps } = Offered::of(wishes)?;
     let workspace = wishes.workspace.as_ref().map(|wish| -> io::Result<Directory> {

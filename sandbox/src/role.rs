@@ -161,7 +161,7 @@ const KEEP_CALLS: [libc::c_long; 7] = [
 
 /// Of a role that serves sockets. A connected socket is the whole network to its holder, so none is made, connected or bound, and
 /// no option is set but those below.
-const SERVE_CALLS: [libc::c_long; 14] = [
+const SERVE_CALLS: [libc::c_long; 15] = [
     libc::SYS_accept4,
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
@@ -172,6 +172,7 @@ const SERVE_CALLS: [libc::c_long; 14] = [
     libc::SYS_getpeername,
     libc::SYS_getsockname,
     libc::SYS_getsockopt,
+    libc::SYS_pread64,
     libc::SYS_readv,
     libc::SYS_shutdown,
     libc::SYS_statx,

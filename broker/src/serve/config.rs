@@ -142,6 +142,11 @@ impl Rights {
         self.everything || self.policies.contains(policy)
     }
 
+    /// Whether nothing is withheld.
+    pub fn may_all(&self) -> bool {
+        self.everything
+    }
+
     /// Whether a sandbox with this grant may be asked for.
     pub fn may_grant(&self, grant: &Name) -> bool {
         self.everything || self.grants.contains(grant)
@@ -184,7 +189,12 @@ impl Config {
             let path = path.ok_or_else(|| format!("[grant.{name}]: upstream_ca is `file:/PATH`"))?;
             let text = std::fs::read_to_string(path);
             let text = text.map_err(|error| format!("[grant.{name}]: upstream_ca: {path}: {error}"))?;
-            if text.len() > AUTHORITY_BYTES_MAX || !text.contains("-----BEGIN CERTIFICATE-----") {
+            if text.len() > AUTHORITY_BYTES_MAX {
+                return Err(format!(
+                    "[grant.{name}]: upstream_ca: {path} is longer than {AUTHORITY_BYTES_MAX} bytes; give the authority alone, or leave it out for the host's own"
+                ));
+            }
+            if !text.contains("-----BEGIN CERTIFICATE-----") {
                 return Err(format!("[grant.{name}]: upstream_ca: {path} is no certificate in PEM"));
             }
             grant.authority = Some(text);
@@ -222,6 +232,9 @@ impl Config {
             doubts.extend(unknown("user", "/etc/passwd", &access.user, &accounts.passwd));
             doubts.extend(unknown("group", "/etc/group", &access.group, &accounts.group));
         }
+        let grants = self.access.iter().flat_map(|access| &access.grants);
+        let unknown: BTreeSet<&Name> = grants.filter(|name| !self.grant.contains_key(*name)).collect();
+        doubts.extend(unknown.iter().map(|name| format!("[[access]] grants: there is no [grant.{name}]")));
         let named = self.access.iter().flat_map(|access| &access.policies).chain(self.pool.warm.keys());
         let unknown: BTreeSet<&str> = named.map(PolicyName::as_str).filter(|name| !is_policy(name)).collect();
         doubts.extend(unknown.iter().map(|name| {

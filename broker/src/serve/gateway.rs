@@ -33,6 +33,8 @@ use http::Http;
 const CONNECTIONS_MAX: usize = 1024;
 /// Names that nobody granted, that the core is told of.
 const UNKNOWN_MAX: usize = 64;
+/// The longest bundle of authorities.
+const BUNDLE_BYTES_MAX: usize = 8 << 20;
 const COPY_BYTES: usize = 128 << 10;
 
 /// A grant as a sandbox has it.
@@ -211,6 +213,15 @@ enum Service {
     Http { http: Rc<Http>, acceptor: TlsAcceptor },
 }
 
+impl Service {
+    fn grant(&self) -> &Grant {
+        match self {
+            Service::Tcp(grant) => grant,
+            Service::Http { http, .. } => &http.grant,
+        }
+    }
+}
+
 /// The life of a gateway, confined already; `core` is its line to the core.
 pub fn live(core: OwnedFd) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
@@ -332,13 +343,24 @@ fn provided(line: &OwnedFd) -> Result<Http, Box<dyn std::error::Error>> {
         (UpstreamTls::Off, _) => None,
         (UpstreamTls::Verify, Some(own)) => Some(tls::client(own.as_bytes())?),
         (UpstreamTls::Verify, None) => {
-            let mut bundle = Vec::new();
             let file = descriptors.into_iter().next().ok_or("the host has no bundle of authorities")?;
-            io::Read::read_to_end(&mut std::fs::File::from(file), &mut bundle)?;
-            Some(tls::client(&bundle)?)
+            Some(tls::client(&whole(file)?)?)
         }
     };
     Ok(Http { grant, secret, mask, client })
+}
+
+/// A file from its beginning on. Every gateway has the same open file, so nobody's place in it is anybody's.
+fn whole(file: OwnedFd) -> io::Result<Vec<u8>> {
+    use std::os::unix::fs::FileExt;
+    let (file, mut bytes, mut piece) = (std::fs::File::from(file), Vec::new(), vec![0; 64 << 10]);
+    loop {
+        let count = file.read_at(&mut piece, bytes.len() as u64)?;
+        if count == 0 || bytes.len() > BUNDLE_BYTES_MAX {
+            return Ok(bytes);
+        }
+        bytes.extend_from_slice(&piece[..count]);
+    }
 }
 
 async fn answer_names(socket: UdpSocket, table: Rc<BTreeMap<String, [IpAddr; 2]>>, line: Rc<Line>) {
@@ -370,8 +392,9 @@ async fn listen(listener: TcpListener, service: Service, tls: bool, line: Rc<Lin
         };
         let (service, line) = (service.clone(), Rc::clone(&line));
         tokio::task::spawn_local(async move {
+            let host = service.grant().host.clone();
             if let Err(error) = attend(stream, service, tls, line).await {
-                complain!("gateway: {error}");
+                complain!("gateway: {host}: {error}");
             }
             drop(permit);
         });

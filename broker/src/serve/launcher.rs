@@ -267,7 +267,14 @@ impl Launcher {
         self.roles.reap();
         self.roles.restart(&core.channel, &self.config);
         // One without a core ends by itself.
-        self.gateways.retain(|_, gateway| matches!(gateway.try_wait(), Ok(None)));
+        self.gateways.retain(|id, gateway| match gateway.try_wait() {
+            Ok(None) => true,
+            Ok(Some(status)) if !status.success() => {
+                complain!("the gateway of sandbox {id} ended: {status}");
+                false
+            }
+            _ => false,
+        });
         if let Some((interval, last)) = &mut self.watchdog
             && last.elapsed() >= *interval
         {

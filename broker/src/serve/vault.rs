@@ -106,7 +106,7 @@ pub fn read_secret(from: OwnedFd) -> Result<Zeroizing<String>, String> {
     loop {
         let mut waits = [PollFd::new(from.get_ref(), PollFlags::IN)];
         if !matches!(poll(&mut waits, Some(&until(then))), Ok(1..)) {
-            return Err("it does not come".to_owned());
+            return Err("the secret does not come".to_owned());
         }
         // Of the room that is there already: what a vector leaves behind as it grows is not wiped.
         let mut piece = Zeroizing::new([0; 4096]);
@@ -117,14 +117,27 @@ pub fn read_secret(from: OwnedFd) -> Result<Zeroizing<String>, String> {
         }
     }
     if bytes.len() > SECRET_BYTES_MAX {
-        return Err(format!("it is longer than {SECRET_BYTES_MAX} bytes"));
+        return Err(format!("the secret is longer than {SECRET_BYTES_MAX} bytes; it is not taken"));
     }
     if bytes.last() == Some(&b'\n') {
         bytes.pop();
     }
     // What could end a header, or hide in it, is no secret of ours.
-    if bytes.is_empty() || !bytes.iter().all(|byte| (32..127).contains(byte)) {
-        return Err("it is empty, or not one line of printable ASCII".into());
+    let fault = if bytes.is_empty() {
+        Some("is empty")
+    } else if bytes.contains(&b'\r') {
+        Some("holds a carriage return; was it saved with DOS line ends?")
+    } else if bytes.contains(&b'\n') {
+        Some("has more than one line")
+    } else if !bytes.iter().all(|byte| (32..127).contains(byte)) {
+        Some("holds a byte that is no printable ASCII")
+    } else if bytes.first() == Some(&b' ') || bytes.last() == Some(&b' ') {
+        Some("begins or ends with a blank")
+    } else {
+        None
+    };
+    if let Some(fault) = fault {
+        return Err(format!("the secret {fault}; it is not taken"));
     }
     let text = std::str::from_utf8(&bytes).map_err(|_| "it is no text".to_owned())?;
     Ok(Zeroizing::new(text.to_owned()))

@@ -26,12 +26,17 @@ fn secret() -> String {
 
 /// A daemon with `grants`, all of them Ada's, and `secret` in the store as `api`.
 fn daemon(grants: &str, secret: &str) -> Daemon {
+    daemon_after("true", grants, secret)
+}
+
+/// The same, in a mount namespace where `script` has run.
+fn daemon_after(script: &str, grants: &str, secret: &str) -> Daemon {
     let names: Vec<&str> =
         grants.lines().filter_map(|line| line.strip_prefix("[grant.")?.strip_suffix(']')).collect();
     let more = format!(
         "[credential.api]\nsource = \"store:api\"\n{grants}\n[[access]]\nuser = \"{ADA}\"\ngrants = {names:?}\n"
     );
-    let daemon = Daemon::start_with("true", &more);
+    let daemon = Daemon::start_with(script, &more);
     let mut add = daemon.broker(0, &["credential", "add", "api"]);
     let mut add = add.stdin(Stdio::piped()).spawn().expect("it starts");
     std::io::Write::write_all(&mut add.stdin.take().expect("a pipe"), format!("{secret}\n").as_bytes())

@@ -39,7 +39,12 @@ const RECORDING_MAX: usize = 64;
 pub(super) fn may_have(names: &[Name], rights: &Rights, config: &Config) -> Result<(), Denial> {
     if let Some(name) = names.iter().find(|name| !rights.may_grant(name) || !config.grant.contains_key(*name))
     {
-        let message = format!("grant {name} is not yours to use; the administrator grants it");
+        let all: Vec<&str> = config.grant.keys().map(Name::as_str).collect();
+        let message = if rights.may_all() {
+            format!("there is no [grant.{name}] in the configuration; there are: {}", all.join(", "))
+        } else {
+            format!("grant {name} is not yours to use, or there is none; the administrator grants it")
+        };
         return Err(Denial::new(Code::GrantNotGranted, message));
     }
     if names.len() > GRANTS_MAX {
@@ -91,7 +96,7 @@ impl Core {
         let authority = match gate.gateway.async_io(Interest::READABLE, hear).await.map_err(text)? {
             Some((FromGateway::Ready { authority }, _)) => authority,
             Some((FromGateway::Unfit { why }, _)) => return Err(why),
-            _ => return Err("its gateway ended".to_owned()),
+            _ => return Err("its gateway ended before it was ready; the service's log says how".to_owned()),
         };
         let at = gate.places().into_iter().filter_map(|(_, address)| address).collect();
         if gate.granted.iter().any(|granted| granted.grant.expires.is_some()) {

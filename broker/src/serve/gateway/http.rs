@@ -103,7 +103,10 @@ impl Upstream {
                 Err(error) => {
                     crate::say::complain!("gateway: {}: {error}", self.http.grant.host);
                     // What the upstream, or TLS, said of itself is not the workload's to read.
-                    said(StatusCode::BAD_GATEWAY, "the upstream cannot be reached, or did not answer in HTTP")
+                    said(
+                        StatusCode::BAD_GATEWAY,
+                        "the upstream cannot be reached, is not who it should be, or speaks no HTTP; the service's log says which",
+                    )
                 }
             },
             Err((status, why)) => said(status, why),

@@ -374,3 +374,54 @@ for n in range(3):
     assert!(heads.iter().all(|head| head.contains(&format!("x-key: {secret}\r\n")) && head.contains("host: api.test\r\n")), "{heads:?}");
     assert_eq!(of_kind(&daemon, "open").len(), 3);
 }
+
+/// Without `upstream_ca` the host's own authorities vouch for the upstream: for each sandbox anew, and for nobody else.
+#[test]
+fn the_host_s_authorities_vouch_where_no_other_is_named() {
+    let secret = secret();
+    let nginx = Nginx::start(&secret);
+    let grant: String = api(&nginx, READ_ALL)
+        .lines()
+        .filter(|line| !line.starts_with("upstream_ca"))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    let own = format!(
+        "cat /etc/ssl/certs/ca-certificates.crt {} > $STATE/bundle && mount --bind $STATE/bundle /etc/ssl/certs/ca-certificates.crt",
+        nginx.authority().display()
+    );
+    let (with, without) = (daemon_after(&own, &grant, &secret), daemon(&grant, &secret));
+    for number in 0..3 {
+        let output = run(&with, &["api"], &format!("curl -sS https://api.test/{number}"));
+        assert_eq!(said(&output).0, "hello ada\n", "{}{}", said(&output).1, with.log());
+    }
+    let output = run(&without, &["api"], "curl -sS -o /dev/null -w '%{http_code}' https://api.test/");
+    assert_eq!((said(&output).0.as_str(), nginx.seen().len()), ("502", 3), "{}", said(&output).1);
+    assert!(without.log().contains("invalid peer certificate"), "{}", without.log());
+}
+
+/// Each says what is wrong with it, and nothing is kept.
+#[test]
+fn a_secret_that_no_header_can_carry_is_refused() {
+    let daemon = daemon("", "a secret");
+    for (secret, why) in [
+        ("", "is empty"),
+        ("\n", "is empty"),
+        ("one\ntwo\n", "more than one line"),
+        ("one\r\n", "carriage return"),
+        ("\u{e4}", "no printable ASCII"),
+        ("one \n", "a blank"),
+    ] {
+        let mut add = daemon.broker(0, &["credential", "add", "bad"]);
+        let mut add = add.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+        std::io::Write::write_all(&mut add.stdin.take().expect("a pipe"), secret.as_bytes())
+            .expect("it reads");
+        let output = add.wait_with_output().expect("it ends");
+        assert!(
+            !output.status.success() && text(&output.stderr).contains(why),
+            "{secret:?}: {}",
+            text(&output.stderr)
+        );
+    }
+    let listed = daemon.broker(0, &["credential", "list"]).output().expect("it runs");
+    assert_eq!(text(&listed.stdout), "api\n");
+}
