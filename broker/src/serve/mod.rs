@@ -119,12 +119,10 @@ fn named<T>(path: &Path, result: io::Result<T>) -> io::Result<T> {
 
 /// Anybody may connect; what they may ask for is the configuration's.
 fn listen(path: &Path) -> io::Result<UnixListener> {
-    if let Some(parent) = path.parent() {
-        if !parent.exists() {
-            DirBuilder::new().recursive(true).create(parent)?;
-            // Whatever the mask: peers come through.
-            std::fs::set_permissions(parent, std::fs::Permissions::from_mode(0o755))?;
-        }
+    if let Some(parent) = path.parent().filter(|parent| !parent.exists()) {
+        DirBuilder::new().recursive(true).create(parent)?;
+        // Whatever the mask: peers come through.
+        std::fs::set_permissions(parent, std::fs::Permissions::from_mode(0o755))?;
     }
     if UnixStream::connect(path).is_ok() {
         return Err(io::Error::new(io::ErrorKind::AddrInUse, "a daemon answers there already"));
