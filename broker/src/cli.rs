@@ -7,7 +7,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use sandbox::{ByteSize, Count, Cpus, EnvName, Span, WorkspaceMode, WorkspaceWish};
 
-use crate::grant::Name;
+use crate::grant::{GrantId, Name, Rule};
 use crate::say::{self, complain};
 
 /// Runs tools confined: a sandbox for each run, and no credential inside.
@@ -105,7 +105,7 @@ pub enum Command {
         #[command(flatten)]
         connect: Connect,
     },
-    /// List and revoke the grants of sandboxes that live
+    /// List, derive and revoke grants
     #[command(subcommand)]
     Grant(GrantCommand),
     /// Add, list and remove credentials of the vault's store
@@ -163,6 +163,14 @@ impl Connect {
     }
 }
 
+/// `GET,HEAD /repos/acme/**`
+fn rule(text: &str) -> Result<Rule, String> {
+    let (methods, path) =
+        text.split_once(' ').ok_or("methods, a blank and a path, as `GET,HEAD /repos/**`")?;
+    let rule = Rule { methods: methods.split(',').map(str::to_owned).collect(), path: path.to_owned() };
+    rule.fault().map_or(Ok(rule), Err)
+}
+
 /// `broker grant`
 #[derive(Debug, Subcommand)]
 pub enum GrantCommand {
@@ -174,10 +182,32 @@ pub enum GrantCommand {
         #[arg(long)]
         json: bool,
     },
-    /// End a grant: its connections are cut, and none can be made after
-    Revoke {
-        /// The grant, as the configuration calls it
+    /// Make a narrower grant, and run a command outside of any sandbox that has it as its descriptor 3
+    Derive {
+        /// A grant of the configuration that is yours to use
         name: Name,
+        /// Of what may be asked for, only this: `GET,HEAD /repos/acme/**`; repeatable
+        #[arg(long, value_name = "METHODS PATH", value_parser = rule)]
+        allow: Vec<Rule>,
+        /// How many connections may be made
+        #[arg(long, value_name = "N")]
+        uses: Option<u64>,
+        /// How much may go through before it is cut, as `10MiB`
+        #[arg(long, value_name = "SIZE")]
+        bytes: Option<ByteSize>,
+        /// How long from now, as `5m`
+        #[arg(long, value_name = "DURATION")]
+        expires: Option<Span>,
+        #[command(flatten)]
+        connect: Connect,
+        /// What has it: a program that speaks `io.broker.Grant`
+        #[arg(last = true, required = true, value_name = "COMMAND")]
+        command: Vec<OsString>,
+    },
+    /// End a grant: its connections are cut, those of grants derived from it too, and none can be made after
+    Revoke {
+        /// The grant, as the configuration calls it, or one that was derived, as `github/1`
+        name: GrantId,
         /// Of one sandbox alone; without it, of all that have it
         #[arg(long, value_name = "ID")]
         sandbox: Option<String>,

@@ -5,8 +5,14 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use sandbox::Span;
+use sandbox::{ByteSize, Span};
 use serde::{Deserialize, Serialize};
+
+pub use derived::{GrantId, Narrowing};
+pub use rules::{Refusal, Rule};
+
+mod derived;
+mod rules;
 
 /// The longest name of a host (RFC 1035, 2.3.4), and of one of its parts.
 const HOST_BYTES_MAX: usize = 253;
@@ -185,16 +191,6 @@ impl Inject {
     }
 }
 
-/// What may be asked for: one of the methods, on a path of this form.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Rule {
-    /// In capitals.
-    pub methods: Vec<String>,
-    /// Segments; `*` stands for any one, `**` at the end for all that follow.
-    pub path: String,
-}
-
 /// `[grant.NAME]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -215,7 +211,10 @@ pub struct Grant {
     /// What may be asked for; nothing else is.
     #[serde(default)]
     pub allow: Vec<Rule>,
-    /// Where it is. Only the operator can say so.
+    /// What each of those who derived it allows too. No configuration says this.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub also: Vec<Vec<Rule>>,
+    /// Where it is. Only the operator can say so; without it, the name is looked up.
     #[serde(default)]
     pub upstream: Option<SocketAddr>,
     /// Whether that is spoken to over TLS.
@@ -233,18 +232,12 @@ pub struct Grant {
     /// How many connections may be made by one sandbox.
     #[serde(default)]
     pub uses: Option<u64>,
+    /// How much may go through, both ways together, before it is cut.
+    #[serde(default)]
+    pub bytes: Option<ByteSize>,
     /// How long after the sandbox was started.
     #[serde(default)]
     pub expires: Option<Span>,
-}
-
-/// Why a request is not passed on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
-    /// No rule allows it.
-    NotAllowed,
-    /// Its path can be read in two ways.
-    Ambiguous,
 }
 
 impl Grant {
@@ -259,17 +252,9 @@ impl Grant {
         }
     }
 
-    /// Whether a request may be passed on. `path` is what is forwarded, byte for byte.
-    ///
-    /// # Errors
-    /// Why not.
-    pub fn allows(&self, method: &str, path: &str) -> Result<(), Refusal> {
-        if !path.starts_with('/') || path.split('/').skip(1).any(is_ambiguous) {
-            return Err(Refusal::Ambiguous);
-        }
-        let allowed =
-            |rule: &Rule| rule.methods.iter().any(|allowed| allowed == method) && matches(&rule.path, path);
-        if self.allow.iter().any(allowed) { Ok(()) } else { Err(Refusal::NotAllowed) }
+    /// Where it is looked for at its upstream, where no address is pinned.
+    pub fn upstream_port(&self) -> u16 {
+        self.port.unwrap_or(if self.upstream_tls == UpstreamTls::Off { 80 } else { 443 })
     }
 
     /// What is wrong with it, in words.
@@ -281,8 +266,8 @@ impl Grant {
         if self.authority.is_some() {
             return Some("unknown field `authority`; `upstream_ca` names a file".into());
         }
-        if self.upstream.is_none() {
-            return Some("it needs `upstream`, an address with its port: names are not looked up yet".into());
+        if !self.also.is_empty() {
+            return Some("unknown field `also`".into());
         }
         match self.kind {
             Kind::Tcp => self.fault_of_tcp(),
@@ -329,65 +314,7 @@ impl Grant {
                 return Some("inject: `value` is printable and holds `{secret}` once".into());
             }
         }
-        let wrong = self.allow.iter().find(|rule| rule.fault());
-        wrong.map(|rule| {
-            format!(
-                "allow: {:?}: methods in capitals, a path that begins with `/`, `**` at its end only",
-                rule.path
-            )
-        })
-    }
-}
-
-impl Rule {
-    fn fault(&self) -> bool {
-        let method =
-            |method: &String| !method.is_empty() && method.bytes().all(|byte| byte.is_ascii_uppercase());
-        let mut segments: Vec<&str> = self.path.split('/').skip(1).collect();
-        let last = segments.pop();
-        !self.path.starts_with('/')
-            || self.methods.is_empty()
-            || !self.methods.iter().all(method)
-            // Ends whatever may come after it, and would make us a proxy for anything.
-            || self.methods.iter().any(|method| method == "CONNECT" || method == "TRACE")
-            || segments.into_iter().chain(last.filter(|last| *last != "**")).any(|segment| segment.contains("**") || is_ambiguous(segment))
-    }
-}
-
-/// A segment that some would read as another: `.` and `..`, also as `%2e`, a hidden `/` or `\`, an encoding of an encoding, what
-/// is cut off at `;`, and what is no ASCII.
-fn is_ambiguous(segment: &str) -> bool {
-    let mut decoded = Vec::new();
-    let mut bytes = segment.bytes();
-    while let Some(byte) = bytes.next() {
-        let byte = match byte {
-            b'%' => {
-                let digit = |byte: Option<u8>| char::from(byte?).to_digit(16);
-                let (Some(high), Some(low)) = (digit(bytes.next()), digit(bytes.next())) else { return true };
-                let decoded = (high * 16 + low).to_le_bytes()[0];
-                if decoded == b'/' || decoded == b'%' {
-                    return true;
-                }
-                decoded
-            }
-            byte => byte,
-        };
-        decoded.push(byte);
-    }
-    let control = |byte: &u8| *byte < 32 || *byte == 127 || *byte == b'\\' || *byte == b';';
-    decoded == b"." || decoded == b".." || decoded.iter().any(control) || !segment.is_ascii()
-}
-
-fn matches(pattern: &str, path: &str) -> bool {
-    let (mut pattern, mut path) = (pattern.split('/'), path.split('/'));
-    loop {
-        match (pattern.next(), path.next()) {
-            (None, None) => return true,
-            (Some("**"), Some(_)) => return true,
-            (Some("*"), Some(segment)) if !segment.is_empty() => {}
-            (Some(wanted), Some(segment)) if wanted == segment => {}
-            _ => return false,
-        }
+        self.allow.iter().find_map(Rule::fault)
     }
 }
 
@@ -425,66 +352,6 @@ pub fn ambiguous<'a>(grants: &BTreeMap<Name, Grant>, names: &'a [Name]) -> Optio
 mod tests {
     use super::*;
 
-    fn grant(allow: &[(&str, &str)]) -> Grant {
-        let allow =
-            allow.iter().map(|(method, path)| Rule { methods: vec![(*method).into()], path: (*path).into() });
-        let allow: Vec<Rule> = allow.collect();
-        let text = "kind = \"http\"\nhost = \"api.test\"\nupstream = \"127.0.0.1:8443\"\n";
-        Grant { allow, ..toml::from_str(text).expect("a grant") }
-    }
-
-    #[test]
-    fn only_what_a_rule_names_is_allowed() {
-        let grant = grant(&[("GET", "/repos/acme/**"), ("POST", "/repos/*/issues")]);
-        for (method, path) in
-            [("GET", "/repos/acme/x"), ("GET", "/repos/acme/x/y"), ("POST", "/repos/b/issues")]
-        {
-            assert_eq!(grant.allows(method, path), Ok(()), "{method} {path}");
-        }
-        for (method, path) in [
-            ("GET", "/repos/acme"),
-            ("GET", "/repos/acmee/x"),
-            ("GET", "/Repos/acme/x"),
-            ("POST", "/repos/acme/x"),
-            ("get", "/repos/acme/x"),
-            ("POST", "/repos//issues"),
-            ("POST", "/repos/b/c/issues"),
-            ("POST", "/repos/b/issues/"),
-            ("GET", "/"),
-        ] {
-            assert_eq!(grant.allows(method, path), Err(Refusal::NotAllowed), "{method} {path}");
-        }
-    }
-
-    /// Whatever reads these in another way than byte for byte is led elsewhere.
-    #[test]
-    fn a_path_that_can_be_read_in_two_ways_is_refused() {
-        let grant = grant(&[("GET", "/**")]);
-        for path in [
-            "/a/../b",
-            "/a/./b",
-            "/a/%2e%2e/b",
-            "/a/.%2E/b",
-            "/a%2fb",
-            "/a%5cb",
-            "/a\\b",
-            "/a%252e",
-            "/a;b/c",
-            "/a%00",
-            "/a%",
-            "/a%2",
-            "/a%zz",
-            "/\u{e4}",
-            "a",
-            "",
-            "*",
-            "http://x/",
-        ] {
-            assert_eq!(grant.allows("GET", path), Err(Refusal::Ambiguous), "{path}");
-        }
-        assert_eq!(grant.allows("GET", "/a%20b/.../..c"), Ok(()));
-    }
-
     #[test]
     fn what_cannot_be_meant_is_a_fault() {
         let base = "kind = \"http\"\nhost = \"api.test\"\nupstream = \"127.0.0.1:1\"\n";
@@ -508,7 +375,7 @@ mod tests {
             (format!("{base}{}", allow.replace("GET", "CONNECT")), "allow"),
             (format!("{base}{}", allow.replace("/**", "/**/a")), "allow"),
             (format!("{base}{}", allow.replace("/**", "/a/../b")), "allow"),
-            (format!("{}{allow}", base.replace("upstream", "#")), "upstream"),
+            (format!("{base}{allow}also = [[]]\n"), "also"),
             (base.replace("http", "tcp"), "port"),
             (format!("{}port = 1\n{allow}", base.replace("http", "tcp")), "looks at nothing"),
         ] {

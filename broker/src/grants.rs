@@ -1,7 +1,10 @@
 //! `broker grant` and `broker credential`.
 
+use std::convert::Infallible;
+use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -9,15 +12,24 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use serde_json::{Value, json};
 
 use crate::cli::{CredentialCommand, GrantCommand};
-use crate::grant::Name;
+use crate::grant::{GrantId, Name, Narrowing};
 use crate::operate::{call, connect, exit};
-use crate::protocol::{AddCredential, AllGrants, Credentials, RemoveCredential, Revoke, Revoked};
+use crate::protocol::{
+    AddCredential, AllGrants, Credentials, Derive, Derived, RemoveCredential, Revoke, Revoked,
+};
 use crate::say;
 
 /// `broker grant`
 pub fn grant(command: GrantCommand) -> ExitCode {
     exit(match command {
         GrantCommand::List { connect, json } => list(&connect.socket(), json),
+        GrantCommand::Derive { name, allow, uses, bytes, expires, connect, command } => {
+            let by = Narrowing { allow, uses, bytes, expires };
+            return match derive(&connect.socket(), name, by, &command) {
+                Ok(never) => match never {},
+                Err(error) => exit(Err(error)),
+            };
+        }
         GrantCommand::Revoke { name, sandbox, connect } => revoke(&connect.socket(), name, sandbox),
     })
 }
@@ -39,7 +51,18 @@ fn list(socket: &Path, json: bool) -> Result<String, String> {
     Ok(text)
 }
 
-fn revoke(socket: &Path, grant: Name, sandbox: Option<String>) -> Result<String, String> {
+/// The door becomes descriptor 3 of what this process becomes.
+fn derive(socket: &Path, grant: Name, by: Narrowing, command: &[OsString]) -> Result<Infallible, String> {
+    let (Derived { grant, .. }, door) = connect(socket)?
+        .call_for_descriptor::<Derived>("Derive", &Derive { grant, by })
+        .map_err(|error| error.to_string())?;
+    sandbox::pass_descriptor(door).map_err(|error| format!("descriptor 3: {error}"))?;
+    let mut program = std::process::Command::new(&command[0]);
+    let failed = program.args(&command[1..]).env("GRANT_FDS", format!("3:{grant}")).exec();
+    Err(format!("{}: {failed}", command[0].display()))
+}
+
+fn revoke(socket: &Path, grant: GrantId, sandbox: Option<String>) -> Result<String, String> {
     let wish = Revoke { grant, sandbox };
     let Revoked { sandboxes, connections } = call(socket, "Revoke", &wish)?;
     if sandboxes == 0 {

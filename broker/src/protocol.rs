@@ -4,12 +4,15 @@ use sandbox::{ByteSize, Count, Cpus, EnvName, PolicyName, Span};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::grant::{Kind, Name};
+use crate::grant::{GrantId, Kind, Name, Narrowing};
 
 /// The interface as it is served by `org.varlink.service.GetInterfaceDescription`.
 pub const DESCRIPTION: &str = include_str!("io.broker.Control.varlink");
 /// Its name.
 pub const INTERFACE: &str = "io.broker.Control";
+
+/// What is spoken at a door.
+pub const GRANT_INTERFACE: &str = "io.broker.Grant";
 
 /// Parameters of `Run`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -388,7 +391,7 @@ pub struct Has {
     /// The sandbox.
     pub sandbox: String,
     /// The grant.
-    pub grant: Name,
+    pub grant: GrantId,
     /// What is spoken.
     pub kind: Kind,
     /// The name that the workload uses.
@@ -408,12 +411,34 @@ pub struct AllGrants {
     pub grants: Vec<Has>,
 }
 
+/// Parameters of `Derive`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Derive {
+    /// A grant of the configuration.
+    pub grant: Name,
+    /// By how much it is made narrower.
+    #[serde(default)]
+    pub by: Narrowing,
+}
+
+/// A reply to `Derive`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Derived {
+    /// The grant's own name.
+    pub grant: GrantId,
+    /// Under which name, in the place of a sandbox's, it is listed.
+    pub held: String,
+    /// The position of the door.
+    pub door: usize,
+}
+
 /// Parameters of `Revoke`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Revoke {
-    /// The grant.
-    pub grant: Name,
+    /// The grant, and all that was derived from it.
+    pub grant: GrantId,
     /// Of this sandbox alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sandbox: Option<String>,

@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{Pid, WaitOptions, WaitStatus, kill_process, wait};
 
@@ -94,11 +94,11 @@ pub(crate) fn live(_: &Confined, command: &Command, setting: &Setting<'_>, statu
 }
 
 /// The life of an init that waits for orders, until nobody is there to give any. Only what is confined gets here.
-pub(crate) fn serve(_: &Confined, channel: &OwnedFd) -> ! {
+pub(crate) fn serve(_: &Confined, channel: &OwnedFd, door: Option<BorrowedFd<'_>>) -> ! {
     match prepare(channel) {
         Ok((signals, _)) => {
             say(channel, Message::Ready);
-            obey(channel, &signals)
+            obey(channel, &signals, door)
         }
         Err(error) => say_and_end(channel, exec_failed(&error, 0)),
     }
@@ -126,7 +126,7 @@ fn prepare(status: &OwnedFd) -> io::Result<(SignalFd, OwnedFd)> {
 }
 
 /// One order or one death after the other.
-fn obey(channel: &OwnedFd, signals: &SignalFd) -> ! {
+fn obey(channel: &OwnedFd, signals: &SignalFd, door: Option<BorrowedFd<'_>>) -> ! {
     let mut commands: Vec<(Pid, u32)> = Vec::new();
     loop {
         let mut waits = [PollFd::new(channel, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
@@ -154,7 +154,7 @@ fn obey(channel: &OwnedFd, signals: &SignalFd) -> ! {
                 let mut stream =
                     |bit: u32| if streams & (1 << bit) == 0 { None } else { given.next().map(AsFd::as_fd) };
                 let streams = [stream(0), stream(1), stream(2)];
-                match spawn(&command, &Setting { streams, ..Setting::default() }) {
+                match spawn(&command, &Setting { streams, door, ..Setting::default() }) {
                     Ok(pid) => commands.push((pid, number)),
                     Err(error) => say(channel, exec_failed(&error, number)),
                 }

@@ -38,6 +38,8 @@ pub struct Wishes {
 pub struct Network {
     /// The certificate of the only authority that is trusted inside (PEM), where TLS is spoken there.
     pub authority: Option<String>,
+    /// What can be asked for through descriptor 3, by name.
+    pub grants: Vec<String>,
 }
 
 /// A workspace and how it is mounted.

@@ -128,6 +128,8 @@ pub struct Given {
     pub changes: Option<PathBuf>,
     /// A network namespace that nobody has been in, as [`network_namespace`] makes it; nothing where one is made now.
     pub network: Option<OwnedFd>,
+    /// A socket that every command inside has as its descriptor 3.
+    pub door: Option<OwnedFd>,
 }
 
 /// As [`run`], with what a caller has handed over. Standard streams of this process are replaced.
@@ -135,19 +137,26 @@ pub struct Given {
 /// # Errors
 /// As [`run`].
 pub fn run_given(plan: &Plan, shared: &Path, given: Given) -> Result<Report, LaunchError> {
-    let (lent, network) = lend(plan, given)?;
-    with_parts(plan, shared, lent.as_ref(), network, launch)
+    let (lent, brought) = lend(plan, given)?;
+    with_parts(plan, shared, lent.as_ref(), brought, launch)
+}
+
+/// What a sandbox gets that was made before it.
+#[derive(Default)]
+pub(crate) struct Brought {
+    network: Option<OwnedFd>,
+    door: Option<OwnedFd>,
 }
 
 /// Takes what was given: the streams become this process's own.
-pub(crate) fn lend(plan: &Plan, given: Given) -> Result<(Option<Lent>, Option<OwnedFd>), LaunchError> {
-    let Given { streams, workspace, caller: (uid, gid), process, changes, network } = given;
+pub(crate) fn lend(plan: &Plan, given: Given) -> Result<(Option<Lent>, Brought), LaunchError> {
+    let Given { streams, workspace, caller: (uid, gid), process, changes, network, door } = given;
     streams::install(streams).map_err(call("standard streams"))?;
     let lent = workspace.map(|directory| Lent { directory, uid, gid, process, changes });
     if plan.workspace.is_some() && lent.is_none() {
         return Err(call("workspace")(io::Error::from_raw_os_error(libc::EBADF)));
     }
-    Ok((lent, network))
+    Ok((lent, Brought { network, door }))
 }
 
 /// Runs the command of `plan` in a sandbox of its own, and returns when nothing of it is left.
@@ -159,7 +168,7 @@ pub(crate) fn lend(plan: &Plan, given: Given) -> Result<(Option<Lent>, Option<Ow
 /// # Errors
 /// When the sandbox cannot be set up as planned. Then nothing was executed, and nothing is left either.
 pub fn run(plan: &Plan, shared: &Path) -> Result<Report, LaunchError> {
-    with_parts(plan, shared, None, None, launch)
+    with_parts(plan, shared, None, Brought::default(), launch)
 }
 
 /// Takes what a sandbox needs from this host, has it `lived`, and gives everything back.
@@ -167,7 +176,7 @@ pub(crate) fn with_parts(
     plan: &Plan,
     shared: &Path,
     lent: Option<&Lent>,
-    network: Option<OwnedFd>,
+    brought: Brought,
     lived: impl FnOnce(&Parts<'_>, Option<&Workspace>) -> Result<(Ended, Option<Copied>), LaunchError>,
 ) -> Result<Report, LaunchError> {
     sys::hear_of_children();
@@ -180,8 +189,9 @@ pub(crate) fn with_parts(
     let workspace =
         plan.workspace.as_ref().map(|plan| Workspace::open(plan, slot.uid(), shared, lent)).transpose();
     let ended = workspace.map_err(LaunchError::Workspace).and_then(|workspace| {
+        let Brought { network, door } = brought;
         let (group, network) = (group.as_ref(), Cell::new(network));
-        let parts = Parts { plan, filter: &filter, slot: &slot, group, signals: &signals, network };
+        let parts = Parts { plan, filter: &filter, slot: &slot, group, signals: &signals, network, door };
         let ended = lived(&parts, workspace.as_ref());
         if let Some(workspace) = &workspace {
             workspace.release();
@@ -205,6 +215,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) signals: &'a Signals,
     /// For the first init; another gets one of its own.
     pub(crate) network: Cell<Option<OwnedFd>>,
+    pub(crate) door: Option<OwnedFd>,
 }
 
 /// From the host's trees to the end of the sandbox.
@@ -213,7 +224,8 @@ fn launch(parts: &Parts<'_>, workspace: Option<&Workspace>) -> Result<(Ended, Op
     let pin = Pin::here();
     let command = Command::of(&plan.command).map_err(call("command"))?;
     let controlling_terminal = plan.streams == crate::plan::StreamsPlan::Terminal;
-    let setting = Setting { controlling_terminal, processors: pin.processors(), streams: [None; 3] };
+    let door = parts.door.as_ref().map(AsFd::as_fd);
+    let setting = Setting { controlling_terminal, processors: pin.processors(), streams: [None; 3], door };
     let trees = open::trees(plan, workspace, slot.uid()).map_err(LaunchError::Tree)?;
     let streams = streams::make(plan.streams, &trees.terminals).map_err(call("standard streams"))?;
     let Streams { inside, flows, terminal } = streams;
@@ -251,7 +263,8 @@ pub(crate) fn make_init(
     match sys::clone3(new, into).map_err(call("clone3"))? {
         Side::Child => {
             let locks = workspace.into_iter().flat_map(Workspace::locks).chain([slot.lock()]);
-            let kept = locks.map(AsFd::as_fd).chain([said.as_fd()]).collect();
+            let own = parts.door.iter().chain([&said]).map(AsFd::as_fd);
+            let kept = locks.map(AsFd::as_fd).chain(own).collect();
             let prepared = Prepared { plan, filter, trees, entry, network, uid: slot.uid(), streams, kept };
             match confine(prepared) {
                 Ok(confined) => live(&confined, &said),

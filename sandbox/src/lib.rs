@@ -52,5 +52,5 @@ pub use role::{Reachable, Work, confine_role, confine_server};
 pub use slot::SlotError;
 pub use streams::classify as classify_streams;
 pub use supervise::{Heard, PASSED_ON};
-pub use sys::{file_of_socket, take_passed_descriptor, tcp_bytes, unread_by_peer};
+pub use sys::{file_of_socket, pass_descriptor, take_passed_descriptor, tcp_bytes, unread_by_peer};
 pub use workspace::WorkspaceError;

@@ -129,8 +129,8 @@ pub fn live(
     given: Given,
     attend: impl FnMut(&Orders<'_>) -> io::Result<Next>,
 ) -> Result<Report, LaunchError> {
-    let (lent, network) = lend(plan, given)?;
-    with_parts(plan, shared, lent.as_ref(), network, |parts, workspace| stay(parts, workspace, attend))
+    let (lent, brought) = lend(plan, given)?;
+    with_parts(plan, shared, lent.as_ref(), brought, |parts, workspace| stay(parts, workspace, attend))
 }
 
 fn stay(
@@ -175,7 +175,7 @@ fn make_serving(
     let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
     let (channel, said) = pair.map_err(|error| call("channel")(error.into()))?;
     let init = make_init(parts, workspace, trees, [None, None, None], said, |confined, said| {
-        init::serve(confined, said)
+        init::serve(confined, said, parts.door.as_ref().map(AsFd::as_fd))
     })?;
     Ok((init, channel))
 }

@@ -146,6 +146,8 @@ pub enum Work {
     Keep,
     /// It serves sockets that others made for it.
     Serve,
+    /// It asks servers of names.
+    Resolve,
 }
 
 /// Of a role that keeps files.
@@ -183,10 +185,15 @@ const SERVE_CALLS_OLD: [libc::c_long; 1] = [libc::SYS_epoll_wait];
 #[cfg(not(target_arch = "x86_64"))]
 const SERVE_CALLS_OLD: [libc::c_long; 0] = [];
 
+/// Of a role that asks servers of names, beside those of one that serves.
+const RESOLVE_CALLS: [libc::c_long; 5] =
+    [libc::SYS_socket, libc::SYS_bind, libc::SYS_connect, libc::SYS_setsockopt, libc::SYS_ioctl];
+
 /// Calls of a role that serves, that are allowed with these arguments alone: which argument, and its value.
-const SERVE_ARGUMENTS: [(libc::c_long, &[(u8, u64)]); 2] = [
+const SERVE_ARGUMENTS: [(libc::c_long, &[(u8, u64)]); 3] = [
     (libc::SYS_setsockopt, &[(1, libc::IPPROTO_TCP as u64), (2, libc::TCP_NODELAY as u64)]),
     (libc::SYS_ioctl, &[(1, libc::FIONBIO)]),
+    (libc::SYS_ioctl, &[(1, libc::TIOCOUTQ)]),
 ];
 
 /// Gives up everything but the standard descriptors: no file, no other process, no capability, and from the filter on no call
@@ -201,6 +208,9 @@ pub fn confine_role(uid: u32, network: Reachable, work: Work) -> io::Result<()> 
         Work::Keep => seccomp::nothing_but(&[&CALLS[..], &KEEP_CALLS].concat(), &[]),
         Work::Serve => {
             seccomp::nothing_but(&[&CALLS[..], &SERVE_CALLS, &SERVE_CALLS_OLD].concat(), &SERVE_ARGUMENTS)
+        }
+        Work::Resolve => {
+            seccomp::nothing_but(&[&CALLS[..], &SERVE_CALLS, &SERVE_CALLS_OLD, &RESOLVE_CALLS].concat(), &[])
         }
     }?;
     let abi = sys::landlock_abi().min(LANDLOCK_ABI_TESTED);

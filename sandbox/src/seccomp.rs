@@ -64,7 +64,8 @@ pub fn nothing_but(calls: &[libc::c_long], some: &[WithArguments]) -> io::Result
         };
         let conditions =
             arguments.iter().map(condition).collect::<Result<_, _>>().map_err(io::Error::other)?;
-        rules.insert(*call, vec![SeccompRule::new(conditions).map_err(io::Error::other)?]);
+        let rule = SeccompRule::new(conditions).map_err(io::Error::other)?;
+        rules.entry(*call).or_default().push(rule);
     }
     // The C library's poll(3).
     #[cfg(target_arch = "x86_64")]

@@ -354,6 +354,21 @@ pub fn take_passed_descriptor() -> Option<OwnedFd> {
     (open && !taken).then(|| unsafe { OwnedFd::from_raw_fd(FIRST) })
 }
 
+/// Makes it descriptor 3 of what this process executes, in the place of what was there.
+///
+/// # Errors
+/// As dup2(2).
+pub fn pass_descriptor(descriptor: OwnedFd) -> io::Result<()> {
+    const FIRST: i32 = 3;
+    if descriptor.as_raw_fd() == FIRST {
+        let own = std::os::fd::IntoRawFd::into_raw_fd(descriptor);
+        // SAFETY: F_SETFD takes a number and no memory.
+        return check(unsafe { libc::fcntl(own, libc::F_SETFD, 0) }.into());
+    }
+    // SAFETY: takes two numbers; whoever owned this number is about to be replaced by another program.
+    check(unsafe { libc::dup2(descriptor.as_raw_fd(), FIRST) }.into())
+}
+
 /// The number of a descriptor, for a struct that carries one.
 pub fn raw(fd: &OwnedFd) -> u64 {
     u64::from(fd.as_raw_fd().cast_unsigned())

@@ -5,6 +5,7 @@ mod askers;
 mod changes;
 mod decide;
 mod denials;
+mod doors;
 mod effects;
 mod gate;
 mod grants;
@@ -16,6 +17,7 @@ mod roles;
 mod run;
 mod scrape;
 mod service;
+mod upstream;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -68,6 +70,8 @@ struct Table {
     roles: BTreeMap<Role, usize>,
     /// The line to the vault.
     vault: Option<Arc<RoleLine>>,
+    /// The line to the resolver.
+    resolver: Option<Arc<RoleLine>>,
     /// Those that have grants, by their names.
     gates: BTreeMap<String, Arc<Gate>>,
     /// What sandboxes have changed, by their names.
@@ -242,6 +246,7 @@ impl Core {
             (INTERFACE, "ListChanges") => self.list_changes(connection, asker).await,
             (INTERFACE, "Changes") => self.changes(connection, asker, parameters(&call)?).await,
             (INTERFACE, "Discard") => self.discard(connection, asker, parameters(&call)?).await,
+            (INTERFACE, "Derive") => self.derive(connection, asker, parameters(&call)?).await,
             (INTERFACE, "ListGrants") => self.list_grants(connection, asker).await,
             (INTERFACE, "Revoke") => self.revoke(connection, asker, parameters(&call)?).await,
             (INTERFACE, "AddCredential") => {

@@ -1,7 +1,9 @@
 //! A gateway: one for each sandbox that has grants. It speaks with the workload, holds only this sandbox's secrets, and has no network
 //! but the sockets that it was handed: those that listen inside, and connections that the core made.
 
+mod door;
 mod http;
+mod line;
 mod mask;
 mod names;
 mod tls;
@@ -9,25 +11,26 @@ mod tls;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{IpAddr, TcpStream as StdStream, UdpSocket as StdDatagrams};
+use std::net::{IpAddr, UdpSocket as StdDatagrams};
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
 use hyper::header::HeaderName;
-use rustix::net::{RecvFlags, SendFlags};
-use serde::{Deserialize, Serialize};
-use tokio::io::Interest;
+use rustix::net::RecvFlags;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UdpSocket, UnixStream};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use zeroize::Zeroizing;
 
-use super::inner::{PACKET_BYTES_MAX, packets, receive, receive_into, send};
+use super::inner::{PACKET_BYTES_MAX, receive, receive_into};
 use super::vault::Provided;
-use crate::grant::{Grant, Kind, Name, UpstreamTls};
+use crate::grant::{Grant, GrantId, Kind, Narrowing, UpstreamTls};
 use crate::say::complain;
-use http::Http;
+use http::{Http, Keys};
+pub use line::{FromGateway, Granted, Place, ToGateway};
+use line::{Given, Line, Opened};
 
 /// Connections of one workload that are served at the same time; others wait.
 const CONNECTIONS_MAX: usize = 1024;
@@ -37,188 +40,110 @@ const UNKNOWN_MAX: usize = 64;
 const BUNDLE_BYTES_MAX: usize = 8 << 20;
 const COPY_BYTES: usize = 128 << 10;
 
-/// A grant as a sandbox has it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Granted {
-    /// By the configuration.
-    pub name: Name,
-    /// What it says there.
-    pub grant: Grant,
-    /// Where its host is, inside.
-    pub addresses: [IpAddr; 2],
-}
-
-/// What a socket that was handed over is for.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Place {
-    /// Questions about names.
-    Names,
-    /// Connections.
-    Listener {
-        /// Of which grant.
-        grant: Name,
-        /// Whether TLS is spoken there.
-        tls: bool,
-    },
-}
-
-/// From the core to a gateway.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ToGateway {
-    /// First of all. Descriptors: for each grant of kind `http`, in order, the line on which the vault says what goes in.
-    Setup(Vec<Granted>),
-    /// Sockets to listen at, as many as places.
-    Listen(Vec<Place>),
-    /// The connection that was asked for. The descriptor is it.
-    Opened {
-        /// The gateway's number.
-        number: u64,
-    },
-    /// It is not made.
-    Refused {
-        /// The gateway's number.
-        number: u64,
-        /// Why, in words.
-        why: String,
-    },
-}
-
-/// From a gateway to the core. What it says of requests is its claim.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FromGateway {
-    /// It has what it takes.
-    Ready {
-        /// The authority to be trusted inside, PEM.
-        authority: Option<String>,
-    },
-    /// It lacks something, and ends.
-    Unfit {
-        /// What.
-        why: String,
-    },
-    /// A connection to the upstream of a grant. The descriptor is the workload's end.
-    Open {
-        /// The gateway's number.
-        number: u64,
-        /// Of which grant.
-        grant: Name,
-    },
-    /// It is done with that connection.
-    Closed {
-        /// The gateway's number.
-        number: u64,
-    },
-    /// A request that was passed on or refused.
-    Asked {
-        /// On which grant.
-        grant: Name,
-        /// As it was sent.
-        method: String,
-        /// Its path, without a query.
-        path: String,
-        /// What was answered.
-        status: u16,
-    },
-    /// A name was asked for that nobody granted.
-    Unknown {
-        /// Which.
-        name: String,
-    },
-}
-
-/// The line to the core.
-pub struct Line {
-    channel: UnixStream,
-    waiting: RefCell<BTreeMap<u64, oneshot::Sender<Result<OwnedFd, String>>>>,
-    next: RefCell<u64>,
-    names: BTreeMap<String, Name>,
-}
-
-/// A connection to an upstream, until it is dropped.
-struct Opened {
-    stream: StreamFd,
-    guard: Open,
-}
-
-struct StreamFd(OwnedFd);
-
-impl From<StreamFd> for StdStream {
-    fn from(stream: StreamFd) -> StdStream {
-        stream.0.into()
-    }
-}
-
-/// Tells the core of the end.
-pub struct Open {
-    line: Rc<Line>,
-    number: u64,
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        let (line, number) = (Rc::clone(&self.line), self.number);
-        tokio::task::spawn_local(async move { line.say(&FromGateway::Closed { number }, None).await });
-    }
-}
-
-impl Line {
-    async fn say(&self, message: &FromGateway, descriptor: Option<&OwnedFd>) -> io::Result<()> {
-        let given: Vec<_> = descriptor.iter().map(AsFd::as_fd).collect();
-        let say = || send(&self.channel, message, &given, SendFlags::DONTWAIT);
-        self.channel.async_io(Interest::WRITABLE, say).await
-    }
-
-    /// Asks the core for a connection on `grant`.
-    async fn open(
-        self: &Rc<Self>,
-        grant: &Grant,
-        workload: &OwnedFd,
-    ) -> Result<Opened, Box<dyn std::error::Error>> {
-        let (told, opened) = oneshot::channel();
-        let number = {
-            let mut next = self.next.borrow_mut();
-            *next += 1;
-            *next
-        };
-        self.waiting.borrow_mut().insert(number, told);
-        let grant = self.name_of(grant);
-        self.say(&FromGateway::Open { number, grant }, Some(workload)).await?;
-        let stream = opened.await??;
-        Ok(Opened { stream: StreamFd(stream), guard: Open { line: Rc::clone(self), number } })
-    }
-
-    /// No sandbox has two grants at one host and port.
-    fn name_of(&self, grant: &Grant) -> Name {
-        self.names[&key(grant)].clone()
-    }
-
-    async fn asked(&self, grant: &Grant, method: &str, path: &str, status: u16) {
-        let cut = |text: &str| text.chars().take(200).collect();
-        let (grant, method, path) = (self.name_of(grant), cut(method), cut(path));
-        let _ = self.say(&FromGateway::Asked { grant, method, path, status }, None).await;
-    }
-}
-
-fn key(grant: &Grant) -> String {
-    format!("{}:{:?}", grant.host, grant.ports())
-}
-
-/// What is done with a connection that arrives.
+/// What is done with a connection on a grant.
 #[derive(Clone)]
 enum Service {
-    Tcp(Rc<Grant>),
+    Tcp { id: GrantId, grant: Rc<Grant> },
     Http { http: Rc<Http>, acceptor: TlsAcceptor },
 }
 
 impl Service {
     fn grant(&self) -> &Grant {
         match self {
-            Service::Tcp(grant) => grant,
+            Service::Tcp { grant, .. } => grant,
             Service::Http { http, .. } => &http.grant,
         }
+    }
+
+    /// The same, of a grant that was derived from this one.
+    fn narrowed(&self, id: GrantId, grant: Grant) -> Service {
+        match self {
+            Service::Tcp { .. } => Service::Tcp { id, grant: Rc::new(grant) },
+            Service::Http { http, acceptor } => {
+                let http = Http { id, grant, keys: Rc::clone(&http.keys) };
+                Service::Http { http: Rc::new(http), acceptor: acceptor.clone() }
+            }
+        }
+    }
+}
+
+/// What all of a gateway's tasks share.
+struct Gateway {
+    line: Rc<Line>,
+    services: RefCell<Services>,
+    room: Arc<Semaphore>,
+}
+
+impl Gateway {
+    /// A private connection on `grant`, for whoever asked at a door: the other end of what is served here.
+    async fn open(self: &Rc<Self>, grant: &GrantId) -> Result<OwnedFd, Failure> {
+        let service = self.services.borrow().get(grant).cloned().ok_or("it is not granted")?;
+        let permit = Arc::clone(&self.room).acquire_owned().await?;
+        let (near, far, guard) = self.line.pair(grant).await?;
+        let near = UnixStream::from_std(near.into())?;
+        let line = Rc::clone(&self.line);
+        tokio::task::spawn_local(async move {
+            finish(near, service, false, line).await;
+            drop((guard, permit));
+        });
+        Ok(far)
+    }
+
+    /// Takes a door that the core has made; who is at it may ask for `grants`.
+    fn take_door(
+        self: &Rc<Self>,
+        number: u64,
+        near: OwnedFd,
+        grants: Vec<GrantId>,
+        derived: Option<(GrantId, Narrowing)>,
+    ) -> Result<(), Failure> {
+        if let (Some((parent, by)), [id]) = (derived, grants.as_slice()) {
+            let mut services = self.services.borrow_mut();
+            let parents = services.get(&parent).ok_or("what it is derived from is not there")?;
+            let narrowed = parents.grant().narrowed(&parent, &by)?;
+            let service = parents.narrowed(id.clone(), narrowed);
+            services.insert(id.clone(), service);
+        }
+        tokio::task::spawn_local(door::serve(Rc::clone(self), number, near, grants));
+        Ok(())
+    }
+
+    /// What was derived for a door alone ends with it.
+    fn forget(&self, grants: &[GrantId]) {
+        if let [id] = grants
+            && !id.is_root()
+        {
+            self.services.borrow_mut().remove(id);
+        }
+    }
+
+    /// Takes what goes into a grant from here on; connections that are there use it with their next request.
+    fn renew(&self, name: &GrantId, line: &OwnedFd) -> Result<(), Failure> {
+        let (_, renewed) = provided(line)?;
+        if let Some(Service::Http { http, .. }) = self.services.borrow().get(name) {
+            http.keys.replace(Rc::new(renewed));
+        }
+        Ok(())
+    }
+
+    /// Takes sockets that listen inside.
+    fn listen(&self, table: &Rc<Names>, places: Vec<Place>, sockets: Vec<OwnedFd>) -> io::Result<()> {
+        for (place, socket) in places.into_iter().zip(sockets) {
+            let line = Rc::clone(&self.line);
+            match place {
+                Place::Names => {
+                    let socket = UdpSocket::from_std(StdDatagrams::from(socket))?;
+                    tokio::task::spawn_local(answer_names(socket, Rc::clone(table), line));
+                }
+                Place::Listener { grant, tls } => {
+                    let service = self.services.borrow().get(&GrantId::from(&grant)).cloned();
+                    let Some(service) = service else { continue };
+                    let listener = TcpListener::from_std(socket.into())?;
+                    tokio::task::spawn_local(listen(listener, service, tls, line, Arc::clone(&self.room)));
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -234,9 +159,7 @@ async fn serve(core: OwnedFd) -> io::Result<()> {
         None => return Ok(()),
         _ => return Err(io::Error::other("the core said nothing")),
     };
-    let names = setup.iter().map(|granted| (key(&granted.grant), granted.name.clone())).collect();
-    let (waiting, next) = (RefCell::default(), RefCell::default());
-    let line = Rc::new(Line { channel: packets(core)?, waiting, next, names });
+    let line = Line::new(core)?;
     let (services, authority) = match services(&setup, lines) {
         Ok(made) => made,
         Err(error) => {
@@ -245,85 +168,73 @@ async fn serve(core: OwnedFd) -> io::Result<()> {
         }
     };
     line.say(&FromGateway::Ready { authority }, None).await?;
-    let table: Rc<BTreeMap<String, [IpAddr; 2]>> =
+    let table: Rc<Names> =
         Rc::new(setup.iter().map(|granted| (granted.grant.host.to_string(), granted.addresses)).collect());
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    loop {
-        let heard = || receive::<ToGateway>(&line.channel, RecvFlags::DONTWAIT);
-        // Without a core nothing is forwarded.
-        let Some((message, descriptors)) = line.channel.async_io(Interest::READABLE, heard).await? else {
-            return Ok(());
-        };
+    let gateway = Rc::new(Gateway { line, services: RefCell::new(services), room });
+    // Without a core nothing is forwarded.
+    while let Some((message, descriptors)) = gateway.line.hear().await? {
         match message {
-            ToGateway::Listen(places) => {
-                for (place, socket) in places.into_iter().zip(descriptors) {
-                    match place {
-                        Place::Names => {
-                            let socket = UdpSocket::from_std(StdDatagrams::from(socket))?;
-                            tokio::task::spawn_local(answer_names(
-                                socket,
-                                Rc::clone(&table),
-                                Rc::clone(&line),
-                            ));
-                        }
-                        Place::Listener { grant, tls } => {
-                            let Some(service) = services.get(&grant).cloned() else { continue };
-                            let listener = TcpListener::from_std(socket.into())?;
-                            tokio::task::spawn_local(listen(
-                                listener,
-                                service,
-                                tls,
-                                Rc::clone(&line),
-                                Arc::clone(&room),
-                            ));
-                        }
-                    }
-                }
-            }
+            ToGateway::Listen(places) => gateway.listen(&table, places, descriptors)?,
             ToGateway::Opened { number } => {
-                let told = line.waiting.borrow_mut().remove(&number);
-                if let (Some(told), Some(stream)) = (told, descriptors.into_iter().next()) {
-                    let _ = told.send(Ok(stream));
+                gateway.line.answer(number, Ok(Given { descriptors, grant: None }))
+            }
+            ToGateway::Refused { number, why } => gateway.line.answer(number, Err(why)),
+            ToGateway::Door { number, grants, derived, answers } => {
+                let mut ends = descriptors.into_iter();
+                let Some(near) = ends.next() else { continue };
+                let grant = grants.first().cloned();
+                let taken = gateway.take_door(number, near, grants, derived);
+                let given = taken.map(|()| Given { descriptors: ends.collect(), grant });
+                if let Some(asked) = answers {
+                    gateway.line.answer(asked, given.map_err(|error| error.to_string()));
                 }
             }
-            ToGateway::Refused { number, why } => {
-                if let Some(told) = line.waiting.borrow_mut().remove(&number) {
-                    let _ = told.send(Err(why));
+            ToGateway::Renew(name) => {
+                let line = descriptors.into_iter().next().ok_or_else(|| io::Error::other("no line"))?;
+                let grant = GrantId::from(&name);
+                if let Err(error) = gateway.renew(&grant, &line) {
+                    // What was taken back is used no longer.
+                    complain!("gateway: {name}: {error}");
+                    gateway.line.say(&FromGateway::Drop { grant }, None).await?;
                 }
             }
             ToGateway::Setup(_) => {}
         }
     }
+    Ok(())
 }
 
-type Services = BTreeMap<Name, Service>;
+type Names = BTreeMap<String, [IpAddr; 2]>;
+type Services = BTreeMap<GrantId, Service>;
+type Failure = Box<dyn std::error::Error>;
 
 /// What each grant takes; the authority's certificate, where TLS is spoken inside.
-fn services(
-    granted: &[Granted],
-    lines: Vec<OwnedFd>,
-) -> Result<(Services, Option<String>), Box<dyn std::error::Error>> {
+fn services(granted: &[Granted], lines: Vec<OwnedFd>) -> Result<(Services, Option<String>), Failure> {
     let mut lines = lines.into_iter();
     let is_http = |granted: &Granted| granted.grant.kind == Kind::Http;
     let authority = granted.iter().any(is_http).then(tls::Authority::make).transpose()?;
     let mut services = Services::new();
     for Granted { name, grant, .. } in granted {
+        let id = GrantId::from(name);
         let service = match (&authority, grant.kind) {
             (Some(authority), Kind::Http) => {
                 let line = lines.next().ok_or("the core gave no line to the vault")?;
                 // By the vault's own copy of the configuration: what the core says of it has no say in where a secret goes.
-                let http = provided(&line).map_err(|why| format!("grant {name}: {why}"))?;
-                let acceptor = TlsAcceptor::from(authority.server(&http.grant.host)?);
-                Service::Http { http: Rc::new(http), acceptor }
+                let (grant, keys) = provided(&line).map_err(|why| format!("grant {name}: {why}"))?;
+                let acceptor = TlsAcceptor::from(authority.server(&grant.host)?);
+                let keys = Rc::new(RefCell::new(Rc::new(keys)));
+                Service::Http { http: Rc::new(Http { id: id.clone(), grant, keys }), acceptor }
             }
-            _ => Service::Tcp(Rc::new(grant.clone())),
+            _ => Service::Tcp { id: id.clone(), grant: Rc::new(grant.clone()) },
         };
-        services.insert(name.clone(), service);
+        services.insert(id, service);
     }
     Ok((services, authority.map(|authority| authority.certificate)))
 }
 
-fn provided(line: &OwnedFd) -> Result<Http, Box<dyn std::error::Error>> {
+/// What the vault says of a grant, and what goes into it.
+fn provided(line: &OwnedFd) -> Result<(Grant, Keys), Failure> {
     let mut bytes = Zeroizing::new(vec![0; PACKET_BYTES_MAX]);
     let (provided, descriptors) =
         receive_into::<Provided>(line, &mut bytes, RecvFlags::empty())?.ok_or("the vault did not answer")?;
@@ -347,7 +258,7 @@ fn provided(line: &OwnedFd) -> Result<Http, Box<dyn std::error::Error>> {
             Some(tls::client(&whole(file)?)?)
         }
     };
-    Ok(Http { grant, secret, mask, client })
+    Ok((grant, Keys { secret, mask, client }))
 }
 
 /// A file from its beginning on. Every gateway has the same open file, so nobody's place in it is anybody's.
@@ -363,7 +274,7 @@ fn whole(file: OwnedFd) -> io::Result<Vec<u8>> {
     }
 }
 
-async fn answer_names(socket: UdpSocket, table: Rc<BTreeMap<String, [IpAddr; 2]>>, line: Rc<Line>) {
+async fn answer_names(socket: UdpSocket, table: Rc<Names>, line: Rc<Line>) {
     let mut question = [0; names::QUESTION_BYTES_MAX];
     let mut told = BTreeSet::new();
     loop {
@@ -391,29 +302,38 @@ async fn listen(listener: TcpListener, service: Service, tls: bool, line: Rc<Lin
             }
         };
         let (service, line) = (service.clone(), Rc::clone(&line));
+        let _ = stream.set_nodelay(true);
         tokio::task::spawn_local(async move {
-            let host = service.grant().host.clone();
-            if let Err(error) = attend(stream, service, tls, line).await {
-                complain!("gateway: {host}: {error}");
-            }
+            finish(stream, service, tls, line).await;
             drop(permit);
         });
     }
 }
 
+/// Serves one connection to its end.
+async fn finish(stream: impl Connection, service: Service, tls: bool, line: Rc<Line>) {
+    let host = service.grant().host.clone();
+    if let Err(error) = attend(stream, service, tls, line).await {
+        complain!("gateway: {host}: {error}");
+    }
+}
+
+/// Of whatever family.
+trait Connection: AsyncRead + AsyncWrite + AsFd + Unpin {}
+impl<T: AsyncRead + AsyncWrite + AsFd + Unpin> Connection for T {}
+
 /// One connection of the workload's.
 async fn attend(
-    mut stream: TcpStream,
+    mut stream: impl Connection,
     service: Service,
     tls: bool,
     line: Rc<Line>,
-) -> Result<(), Box<dyn std::error::Error>> {
+) -> Result<(), Failure> {
     let workload = Rc::new(stream.as_fd().try_clone_to_owned()?);
     match service {
-        Service::Tcp(grant) => {
-            let Opened { stream: upstream, guard } = line.open(&grant, &workload).await?;
+        Service::Tcp { id, .. } => {
+            let Opened { stream: upstream, guard } = line.open(&id, &workload).await?;
             let mut upstream = TcpStream::from_std(upstream.into())?;
-            let _ = stream.set_nodelay(true);
             // Either side may end it; the core counts what went through.
             let _ =
                 tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut upstream, COPY_BYTES, COPY_BYTES)

@@ -19,13 +19,14 @@ use tokio::net::UnixStream;
 
 use super::config::Config;
 use super::roles::Role;
+use crate::grant::GrantId;
 use crate::protocol::{Denial, Held, Run, Sandbox, Variable};
 use crate::rights;
 
 /// The longest packet; what a peer may send is cut to fit long before.
 pub const PACKET_BYTES_MAX: usize = 160 << 10;
-/// Two ends of a channel, one of a handle, three streams, a workspace, the asker's socket.
-pub const DESCRIPTORS_MAX: usize = 8;
+/// Two ends of a channel, one of a handle, three streams, a workspace, the asker's socket, a door.
+pub const DESCRIPTORS_MAX: usize = 9;
 
 /// From the launcher to the core.
 #[derive(Debug, Serialize, Deserialize)]
@@ -159,6 +160,10 @@ pub struct Listen {
     pub at: Vec<SocketAddr>,
     /// The authority to be trusted inside, PEM.
     pub authority: Option<String>,
+    /// The position of the door that every command inside has.
+    pub door: usize,
+    /// What can be asked for there.
+    pub grants: Vec<GrantId>,
 }
 
 /// From the core to the supervisor of a sandbox that lives.

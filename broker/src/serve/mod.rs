@@ -10,6 +10,7 @@ mod inner;
 mod launcher;
 mod metrics;
 mod peer;
+mod resolver;
 mod roles;
 mod supervisor;
 mod vault;

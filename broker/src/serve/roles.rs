@@ -1,15 +1,16 @@
 //! The parts of the daemon beside the core that wait for work: the vault, the resolver and, for a sandbox that has a use for
 //! one, its gateway. Each is a process of its own with a uid of its own, confined before it reads its first message.
 //!
-//! The vault's work is in [`super::vault`], a gateway's in [`super::gateway`]. The resolver only stands here yet.
+//! The vault's work is in [`super::vault`], the resolver's in [`super::resolver`], a gateway's in [`super::gateway`].
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
@@ -20,8 +21,8 @@ use serde::{Deserialize, Serialize};
 use super::config::Config;
 use super::inner::{ToCore, channel, receive, send};
 use super::vault::{self, Vault};
-use super::{CORE_ID, gateway};
-use crate::grant::{Name, Source};
+use super::{CORE_ID, gateway, resolver};
+use crate::grant::{Host, Name, Source};
 use crate::say::complain;
 use zeroize::Zeroizing;
 
@@ -31,6 +32,10 @@ const RESTART_PAUSE: Duration = Duration::from_millis(200);
 /// Where distributions keep the host's authorities.
 const BUNDLES: [&str; 3] =
     ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
+
+/// Where the host says what it knows of names, and how much of each is read.
+const NAMES: [&str; 2] = ["/etc/resolv.conf", "/etc/hosts"];
+const NAMES_BYTES_MAX: u64 = 64 << 10;
 
 /// A part of the daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -70,7 +75,7 @@ impl Role {
 /// From the launcher to a role.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum ToRole {
+pub enum ToRole {
     /// There is a core. The descriptor is the line to it.
     Core,
     /// For the vault, first of all: its own copy of the configuration. The descriptor is the host's bundle of authorities.
@@ -79,6 +84,13 @@ enum ToRole {
     File(Name),
     /// For the vault: its store, and the key to it.
     Store,
+    /// For the resolver: what the host's /etc/resolv.conf and /etc/hosts say now.
+    Names {
+        /// The first.
+        servers: String,
+        /// The other.
+        hosts: String,
+    },
 }
 
 /// From the core to a role.
@@ -95,6 +107,8 @@ pub enum Ask {
     Forget(Name),
     /// Which are kept.
     List,
+    /// What the name of a host stands for.
+    Resolve(Host),
 }
 
 /// From a role to the core.
@@ -109,20 +123,23 @@ pub enum Answer {
     Failed(String),
     /// What is kept, by name.
     Kept(Vec<Name>),
+    /// What a name stands for.
+    Addresses(Vec<IpAddr>),
 }
 
 /// The life of a role; `number` tells gateways apart. It ends with its launcher.
 pub fn live(role: Role, number: u32) -> ExitCode {
     let (network, work) = match role {
         Role::Vault => (Reachable::Nothing, Work::Keep),
-        Role::Resolver => (Reachable::Host, Work::Wait),
+        Role::Resolver => (Reachable::Host, Work::Resolve),
         Role::Gateway => (Reachable::Nothing, Work::Serve),
     };
     let done = sandbox::confine_role(role.uid(number), network, work)
         .map_err(|error| io::Error::new(error.kind(), format!("it cannot be confined: {error}")))
         .and_then(|()| match role {
             Role::Gateway => gateway::live(rustix::stdio::stdin().try_clone_to_owned()?),
-            Role::Vault | Role::Resolver => serve(),
+            Role::Resolver => resolver::live(rustix::stdio::stdin().try_clone_to_owned()?),
+            Role::Vault => serve_vault(),
         });
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -133,7 +150,7 @@ pub fn live(role: Role, number: u32) -> ExitCode {
     }
 }
 
-fn serve() -> io::Result<()> {
+fn serve_vault() -> io::Result<()> {
     let launcher = rustix::stdio::stdin();
     let mut core: Option<OwnedFd> = None;
     let mut vault = Vault::default();
@@ -149,10 +166,10 @@ fn serve() -> io::Result<()> {
                 None => return Ok(()),
             }
         } else if let Some(asking) = &core {
-            match receive::<Ask>(asking, RecvFlags::empty()) {
-                Ok(Some((ask, descriptors))) => {
+            match receive::<(u64, Ask)>(asking, RecvFlags::empty()) {
+                Ok(Some(((number, ask), descriptors))) => {
                     let answer = answer(&mut vault, ask, descriptors);
-                    send(asking, &answer, &[], SendFlags::empty())?;
+                    send(asking, &(number, answer), &[], SendFlags::empty())?;
                 }
                 // This core is gone; the launcher tells of the next.
                 Ok(None) | Err(_) => core = None,
@@ -190,6 +207,7 @@ fn answer(vault: &mut Vault, ask: Ask, descriptors: Vec<OwnedFd>) -> Answer {
             return Answer::Kept(vault.store.iter().flat_map(vault::Store::names).cloned().collect());
         }
         (Ask::Provide(_) | Ask::Keep(_), None) => Err("there came no descriptor".to_owned()),
+        (Ask::Resolve(_), _) => Err("the vault knows no names".to_owned()),
     };
     done.map_or_else(Answer::Failed, |()| Answer::Done)
 }
@@ -198,6 +216,32 @@ fn answer(vault: &mut Vault, ask: Ask, descriptors: Vec<OwnedFd>) -> Answer {
 pub struct Roles {
     running: Vec<Running>,
     absent: Vec<(Role, Instant)>,
+    names: Names,
+}
+
+/// What the host knows of names, and since when.
+#[derive(Default)]
+struct Names {
+    since: [Option<SystemTime>; 2],
+    servers: String,
+    hosts: String,
+}
+
+impl Names {
+    /// What stands there now, if that is something else.
+    fn changed(&self) -> Option<Names> {
+        let of = |path: &str| std::fs::metadata(path).and_then(|found| found.modified()).ok();
+        let since = NAMES.map(of);
+        if since == self.since {
+            return None;
+        }
+        let [servers, hosts] = NAMES.map(|path| {
+            let mut text = String::new();
+            let read = File::open(path).and_then(|file| file.take(NAMES_BYTES_MAX).read_to_string(&mut text));
+            read.map(|_| text).unwrap_or_default()
+        });
+        Some(Names { since, servers, hosts })
+    }
 }
 
 struct Running {
@@ -209,7 +253,8 @@ struct Running {
 impl Roles {
     /// None is there yet; [`Roles::restart`] makes them.
     pub fn new() -> Roles {
-        Roles { running: Vec::new(), absent: Role::ALWAYS.map(|role| (role, Instant::now())).into() }
+        let absent = Role::ALWAYS.map(|role| (role, Instant::now())).into();
+        Roles { running: Vec::new(), absent, names: Names::default() }
     }
 
     /// When the next one is to be started.
@@ -224,13 +269,21 @@ impl Roles {
 
     /// Starts those that are due, and makes them known to the core.
     pub fn restart(&mut self, core: &OwnedFd, config: &Config) {
+        if let Some(names) = self.names.changed() {
+            self.names = names;
+            for running in self.running.iter().filter(|running| running.role == Role::Resolver) {
+                let _ = running.tell_names(&self.names);
+            }
+        }
         let (due, later) = self.absent.drain(..).partition(|(_, due)| *due <= Instant::now());
         self.absent = later;
         let due: Vec<(Role, Instant)> = due;
         for (role, _) in due {
             let started = Running::start(role).and_then(|running| {
-                if role == Role::Vault {
-                    running.equip(config)?;
+                match role {
+                    Role::Vault => running.equip(config)?,
+                    Role::Resolver => running.tell_names(&self.names)?,
+                    Role::Gateway => {}
                 }
                 running.introduce(core).map(|()| running)
             });
@@ -328,6 +381,11 @@ impl Running {
                 Ok(())
             }
         }
+    }
+
+    fn tell_names(&self, Names { servers, hosts, .. }: &Names) -> io::Result<()> {
+        let names = ToRole::Names { servers: servers.clone(), hosts: hosts.clone() };
+        send(&self.channel, &names, &[], SendFlags::DONTWAIT)
     }
 
     fn introduce(&self, core: &OwnedFd) -> io::Result<()> {

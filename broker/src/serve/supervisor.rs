@@ -72,6 +72,7 @@ fn run(
         },
     });
     let directory = workspace.and_then(|workspace| take(workspace.descriptor));
+    let door = listen.as_ref().and_then(|listen| take(listen.door));
     let Limits { timeout, memory, pids, cpus } = limits.unwrap_or_default();
     let kinds = streams.each_ref().map(|given| if given.is_some() { Stream::Pipe } else { Stream::Closed });
     let wishes = Wishes {
@@ -100,6 +101,7 @@ fn run(
         process,
         changes: place,
         network,
+        door,
     };
     let shared = sandbox::shared_directory();
     let mut only = None;
@@ -161,7 +163,7 @@ fn hearing(
     listen: Option<Listen>,
     channel: &OwnedFd,
 ) -> io::Result<(Option<OwnedFd>, Option<Network>)> {
-    let Some(Listen { at, authority }) = listen else { return Ok((ready, None)) };
+    let Some(Listen { at, authority, grants, .. }) = listen else { return Ok((ready, None)) };
     let network = ready.map_or_else(sandbox::network_namespace, Ok)?;
     let Ear { names, listeners } = sandbox::make_ear(&network, &at)?;
     let sockets: Vec<_> = std::iter::once(&names).chain(&listeners).map(AsFd::as_fd).collect();
@@ -170,7 +172,8 @@ fn hearing(
     for (at, piece) in pieces.enumerate() {
         send(channel, &FromSupervisor::Ear { whole: at == last }, piece, SendFlags::empty())?;
     }
-    Ok((Some(network), Some(Network { authority })))
+    let grants = grants.iter().map(ToString::to_string).collect();
+    Ok((Some(network), Some(Network { authority, grants })))
 }
 
 /// What is noted of changes that are held apart.

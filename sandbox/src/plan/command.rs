@@ -98,6 +98,10 @@ fn environment(policy: &Policy, job: &Job, host: &Host, path: &[PathBuf]) -> Vec
             table.insert(name.into(), AUTHORITY.into());
         }
     }
+    if let Some(network) = &job.wishes.network {
+        let each: Vec<String> = network.grants.iter().map(|grant| format!("3:{grant}")).collect();
+        table.insert("GRANT_FDS".into(), each.join(",").into());
+    }
     for (name, value) in &policy.file().env.set {
         if let Some(value) = expand(value, host) {
             table.insert(name.to_string(), value);

@@ -20,7 +20,12 @@ pub struct Setting<'a> {
     pub processors: Option<CpuSet>,
     /// What becomes its standard streams; init's own where there is nothing.
     pub streams: [Option<BorrowedFd<'a>>; 3],
+    /// What becomes its descriptor 3.
+    pub door: Option<BorrowedFd<'a>>,
 }
+
+/// The descriptor of the door inside.
+const DOOR: libc::c_int = 3;
 
 struct Request<'a> {
     directory: &'a CStr,
@@ -88,6 +93,10 @@ extern "C" fn child(request: *mut libc::c_void) -> libc::c_int {
         let mut streams = (0..).zip(&request.setting.streams);
         let failed = streams.any(|(number, stream)| {
             stream.as_ref().is_some_and(|stream| libc::dup2(stream.as_raw_fd(), number) < 0)
+        }) || request.setting.door.as_ref().is_some_and(|door| match door.as_raw_fd() {
+            // A copy onto itself would still close at execve(2).
+            DOOR => libc::fcntl(DOOR, libc::F_SETFD, 0) < 0,
+            door => libc::dup2(door, DOOR) < 0,
         }) || libc::chdir(request.directory.as_ptr()) != 0
             || request.setting.controlling_terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) != 0;
         if failed {

@@ -3,8 +3,12 @@
 
 #[path = "grants/canary.rs"]
 mod canary;
+#[path = "grants/doors.rs"]
+mod doors;
 #[path = "grants/gateway.rs"]
 mod gateway;
+#[path = "grants/lookups.rs"]
+mod lookups;
 #[path = "grants/rows.rs"]
 mod rows;
 #[path = "grants/servers.rs"]

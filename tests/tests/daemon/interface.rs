@@ -147,6 +147,7 @@ fn the_service_describes_itself() {
                     "Changes",
                     "Discard",
                     "Metrics",
+                    "Derive",
                     "ListGrants",
                     "Revoke",
                     "AddCredential",

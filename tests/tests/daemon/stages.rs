@@ -248,7 +248,7 @@ impl Other {
 }
 
 /// A process of ours, ended when it is dropped.
-struct Process(Child);
+pub struct Process(pub Child);
 
 impl Process {
     fn end(&mut self) {

@@ -1,59 +1,98 @@
-//! The gate of one sandbox: what it was granted, what of it is used and open, and how that is cut.
+//! The gate of one sandbox, or of one grant that is held outside of any: what there is of grants, what of them is used and open, and how
+//! that is cut.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::net::{SendFlags, Shutdown, shutdown};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
-use crate::grant::Name;
-use crate::protocol::Has;
+use crate::grant::{Grant, GrantId, Narrowing};
+use crate::protocol::{Has, Sandbox};
 use crate::serve::gateway::{Granted, Place, ToGateway};
 use crate::serve::inner::send;
 
-/// How late the connections of a grant that has expired may be cut. Nothing new is made on it from the first instant on.
-const EXPIRY_PAUSE: Duration = Duration::from_millis(200);
+/// How late the connections of a grant may be cut that has expired, or carried more than it may. Nothing new is made on it from that
+/// instant on.
+const CUT_PAUSE: Duration = Duration::from_millis(200);
 /// Connections that are open at the same time, of one sandbox, of all of one uid's, and of all together: each takes two descriptors
 /// of the core's.
 const OPEN_MAX: usize = 1024;
 pub(super) const OPEN_OF_UID_MAX: usize = 2048;
 pub(super) const OPEN_ALL_MAX: usize = 4096;
+/// Doors of one gate.
+const DOORS_MAX: usize = 64;
 /// Refusals of one sandbox that are recorded one by one.
 const REFUSED_MAX: u64 = 64;
 
-/// Of one sandbox.
+/// See above.
 pub(super) struct Gate {
     pub(super) id: String,
-    pub(super) uid: u32,
+    /// Whose it is; of a grant that is held outside of any sandbox, as a sandbox of that name would be listed.
+    pub(super) of: Sandbox,
     pub(super) granted: Vec<Granted>,
     pub(super) gateway: UnixStream,
-    /// By the boot clock, which counts while the host sleeps and which nobody sets (clock_gettime(2)).
-    pub(super) since: Duration,
     pub(super) state: Mutex<State>,
 }
 
 #[derive(Default)]
 pub(super) struct State {
+    /// Each grant, and each that was derived from one.
+    pub(super) grants: BTreeMap<GrantId, Account>,
     /// Copies of what listens inside, so that nobody there can take its place.
-    pub(super) listeners: Vec<(Option<Name>, OwnedFd)>,
+    pub(super) listeners: Vec<(Option<GrantId>, OwnedFd)>,
     pub(super) open: BTreeMap<u64, Open>,
-    pub(super) uses: BTreeMap<Name, u64>,
-    pub(super) revoked: BTreeSet<Name>,
+    /// The gateway's ends of connections that were asked for at a door.
+    pub(super) near: BTreeMap<u64, (GrantId, OwnedFd)>,
+    pub(super) doors: BTreeMap<u64, Door>,
+    doors_made: u64,
     pub(super) unknown: BTreeSet<String>,
     pub(super) unknown_more: u64,
     pub(super) refused: u64,
     /// Connections that are being made.
     pub(super) making: usize,
+    /// Somebody looks after what expires.
+    watched: bool,
+}
+
+/// What is counted of a grant, those derived from it included.
+pub(super) struct Account {
+    pub(super) grant: Grant,
+    /// By the boot clock, which counts while the host sleeps and which nobody sets (clock_gettime(2)).
+    until: Option<Duration>,
+    pub(super) uses: u64,
+    /// Of connections that are closed.
+    bytes: u64,
+    derived: usize,
+    pub(super) revoked: bool,
+}
+
+impl Account {
+    pub(super) fn new(grant: Grant) -> Account {
+        let until = grant.expires.map(|span| boot_clock() + span.duration());
+        Account { grant, until, uses: 0, bytes: 0, derived: 0, revoked: false }
+    }
+
+    fn expired(&self) -> bool {
+        self.until.is_some_and(|until| boot_clock() >= until)
+    }
+}
+
+/// A door: who holds its other end may ask for connections on these.
+pub(super) struct Door {
+    pub(super) grants: Vec<GrantId>,
+    /// The gateway's end.
+    pub(super) near: OwnedFd,
 }
 
 /// A connection, both ends.
 pub(super) struct Open {
-    pub(super) grant: Name,
+    pub(super) grant: GrantId,
     pub(super) workload: OwnedFd,
     pub(super) upstream: OwnedFd,
 }
@@ -65,9 +104,76 @@ impl Open {
     }
 }
 
+impl State {
+    /// The grant and those that it was derived from, unless one of them is at its end.
+    fn living(&self, id: &GrantId) -> Result<(), &'static str> {
+        if !self.grants.contains_key(id) {
+            return Err("it is not granted");
+        }
+        self.grants.iter().filter(|(above, _)| id.is_within(above)).try_for_each(|(above, account)| {
+            if account.revoked {
+                Err("the grant was revoked")
+            } else if account.expired() {
+                Err("the grant has expired")
+            } else if account.grant.bytes.is_some_and(|most| self.bytes(above) >= most.bytes()) {
+                Err("the grant has carried all that it may")
+            } else if account.grant.uses.is_some_and(|most| account.uses >= most) {
+                Err("the grant is used up")
+            } else {
+                Ok(())
+            }
+        })
+    }
+
+    /// What went through, those derived from it included.
+    fn bytes(&self, id: &GrantId) -> u64 {
+        let open = self.open.values().filter(|open| open.grant.is_within(id));
+        let open: u64 = open.map(|open| open.bytes()).map(|(sent, received)| sent + received).sum();
+        open + self.grants.get(id).map_or(0, |account| account.bytes)
+    }
+
+    fn keep_door(&mut self, door: Door) -> u64 {
+        self.doors_made += 1;
+        self.doors.insert(self.doors_made, door);
+        self.doors_made
+    }
+
+    fn count(&mut self, id: &GrantId, mut one: impl FnMut(&mut Account)) {
+        self.grants.iter_mut().filter(|(above, _)| id.is_within(above)).for_each(|(_, account)| one(account));
+    }
+
+    /// Forgets what was derived and nobody can use any more.
+    fn sweep(&mut self, roots: &[GrantId]) {
+        if self.grants.len() == roots.len() {
+            return;
+        }
+        let near = self.near.values().map(|(of, _)| of);
+        let used = near.chain(self.open.values().map(|open| &open.grant));
+        let used: BTreeSet<GrantId> =
+            used.chain(self.doors.values().flat_map(|door| &door.grants)).cloned().collect();
+        self.grants.retain(|id, _| roots.contains(id) || used.iter().any(|used| used.is_within(id)));
+    }
+
+    /// How many connections there are: one that was asked for at a door has an upstream later, or none.
+    fn busy(&self) -> usize {
+        self.open.len().max(self.near.len()) + self.making
+    }
+}
+
 impl Gate {
+    pub(super) fn new(of: Sandbox, granted: Vec<Granted>, gateway: UnixStream) -> Gate {
+        let account = |granted: &Granted| (GrantId::from(&granted.name), Account::new(granted.grant.clone()));
+        let state = State { grants: granted.iter().map(account).collect(), ..State::default() };
+        Gate { id: of.id.clone(), of, granted, gateway, state: Mutex::new(state) }
+    }
+
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The grants of the configuration that it has.
+    pub(super) fn roots(&self) -> Vec<GrantId> {
+        self.granted.iter().map(|granted| GrantId::from(&granted.name)).collect()
     }
 
     /// What listens inside, in the order in which it is handed out.
@@ -88,16 +194,29 @@ impl Gate {
         self.gateway.async_io(Interest::WRITABLE, tell).await
     }
 
-    /// Cuts what is open on `grant`, the workload's sides of all before any upstream's; how many there were. Nothing more is opened.
-    pub(super) fn cut(&self, grant: &Name) -> u64 {
+    /// Cuts what is open on `id` and on what was derived from it, the workload's sides of all before any upstream's; how many
+    /// there were. Nothing more is opened.
+    pub(super) fn cut(&self, id: &GrantId) -> u64 {
         let mut state = self.state();
-        state.revoked.insert(grant.clone());
+        state
+            .grants
+            .iter_mut()
+            .filter(|(below, _)| below.is_within(id))
+            .for_each(|(_, account)| account.revoked = true);
+        let state = &*state;
+        let ours = |of: &GrantId| of.is_within(id);
         // A listener that was shut down refuses, and its port is not free.
-        for (_, listener) in state.listeners.iter().filter(|(of, _)| of.as_ref() == Some(grant)) {
-            let _ = shutdown(listener, Shutdown::Both);
-        }
-        let open: Vec<&Open> = state.open.values().filter(|open| open.grant == *grant).collect();
-        for end in open.iter().map(|open| &open.workload).chain(open.iter().map(|open| &open.upstream)) {
+        let listeners =
+            state.listeners.iter().filter(|(of, _)| of.as_ref().is_some_and(ours)).map(|(_, socket)| socket);
+        // Whoever holds a copy of the other end, and in whatever message one travels: it is dead.
+        let near = state.near.values().filter(|(of, _)| ours(of)).map(|(_, near)| near);
+        let is_dead = |of: &GrantId| state.grants.get(of).is_none_or(|account| account.revoked);
+        let doors =
+            state.doors.values().filter(|door| door.grants.iter().all(is_dead)).map(|door| &door.near);
+        let open: Vec<&Open> = state.open.values().filter(|open| ours(&open.grant)).collect();
+        let workloads = open.iter().map(|open| &open.workload);
+        let upstreams = open.iter().map(|open| &open.upstream);
+        for end in workloads.chain(near).chain(doors).chain(listeners).chain(upstreams) {
             let _ = shutdown(end, Shutdown::Both);
         }
         u64::try_from(open.len()).unwrap_or(u64::MAX)
@@ -105,8 +224,7 @@ impl Gate {
 
     /// Connections that are open or being made.
     pub(super) fn open(&self) -> usize {
-        let state = self.state();
-        state.open.len() + state.making
+        self.state().busy()
     }
 
     /// Whether this refusal is recorded for itself.
@@ -124,67 +242,128 @@ impl Gate {
         all.into_iter().filter(|(_, count)| *count > 0).collect()
     }
 
-    pub(super) fn expired(&self, granted: &Granted) -> bool {
-        let age = boot_clock().saturating_sub(self.since);
-        granted.grant.expires.is_some_and(|span| age >= span.duration())
-    }
-
     pub(super) fn has(&self) -> Vec<Has> {
         let state = self.state();
-        let has = |granted: &Granted| Has {
+        let has = |(id, account): (&GrantId, &Account)| Has {
             sandbox: self.id.clone(),
-            grant: granted.name.clone(),
-            kind: granted.grant.kind,
-            host: granted.grant.host.to_string(),
-            uses: state.uses.get(&granted.name).copied().unwrap_or_default(),
-            open: state.open.values().filter(|open| open.grant == granted.name).count() as u64,
-            revoked: state.revoked.contains(&granted.name) || self.expired(granted),
+            grant: id.clone(),
+            kind: account.grant.kind,
+            host: account.grant.host.to_string(),
+            uses: account.uses,
+            open: state.open.values().filter(|open| open.grant == *id).count() as u64,
+            revoked: account.revoked || account.expired(),
         };
-        self.granted.iter().map(has).collect()
+        state.grants.iter().map(has).collect()
     }
 
-    /// Where a connection on `grant` goes, and that it was counted.
-    pub(super) fn book(&self, grant: &Name) -> Result<SocketAddr, &'static str> {
-        let granted =
-            self.granted.iter().find(|granted| granted.name == *grant).ok_or("it is not granted")?;
-        let expired = self.expired(granted);
+    /// What a connection on `id` goes to, and that it was counted.
+    pub(super) fn book(&self, id: &GrantId) -> Result<Grant, &'static str> {
         let mut state = self.state();
-        if state.revoked.contains(grant) {
-            return Err("the grant was revoked");
-        }
-        if expired {
-            return Err("the grant has expired");
-        }
+        state.living(id)?;
         if state.open.len() + state.making >= OPEN_MAX {
             return Err("too many connections are open");
         }
-        let uses = state.uses.entry(grant.clone()).or_default();
-        if granted.grant.uses.is_some_and(|most| *uses >= most) {
-            return Err("the grant is used up");
-        }
-        let upstream = granted.grant.upstream.ok_or("it has no upstream")?;
-        *uses += 1;
+        state.count(id, |account| account.uses += 1);
         state.making += 1;
-        Ok(upstream)
+        Ok(state.grants[id].grant.clone())
+    }
+
+    /// Keeps the gateway's end of a connection that was asked for at a door.
+    pub(super) fn keep_near(&self, number: u64, id: &GrantId, near: OwnedFd) -> Result<(), &'static str> {
+        let mut state = self.state();
+        state.living(id)?;
+        if state.near.len() >= OPEN_MAX {
+            return Err("too many connections are open");
+        }
+        state.near.insert(number, (id.clone(), near));
+        Ok(())
+    }
+
+    /// A connection, or what a door gave, that is at its end.
+    pub(super) fn take_open(&self, number: u64) -> Option<Open> {
+        let mut state = self.state();
+        if let Some((_, near)) = state.near.remove(&number) {
+            let _ = shutdown(&near, Shutdown::Both);
+        }
+        let open = state.open.remove(&number)?;
+        let (sent, received) = open.bytes();
+        state.count(&open.grant, |account| account.bytes += sent + received);
+        state.sweep(&self.roots());
+        Some(open)
+    }
+
+    /// One that is derived from `parent`, and its door, of which `near` is the gateway's end.
+    pub(super) fn derive(
+        &self,
+        parent: &GrantId,
+        by: &Narrowing,
+        near: OwnedFd,
+    ) -> Result<(GrantId, u64), String> {
+        let mut state = self.state();
+        state.living(parent)?;
+        if state.doors.len() >= DOORS_MAX {
+            return Err(format!("{DOORS_MAX} doors are there already"));
+        }
+        let account = state.grants.get_mut(parent).ok_or("it is not granted")?;
+        let narrowed = account.grant.narrowed(parent, by)?;
+        account.derived += 1;
+        let id = parent.child(account.derived);
+        state.grants.insert(id.clone(), Account::new(narrowed));
+        let number = state.keep_door(Door { grants: vec![id.clone()], near });
+        Ok((id, number))
+    }
+
+    /// Keeps the gateway's end of a new door; its number.
+    pub(super) fn keep_door(&self, door: Door) -> u64 {
+        self.state().keep_door(door)
+    }
+
+    /// Nobody holds the other end any more, or whoever does has broken the rules. What was derived for it alone is forgotten.
+    pub(super) fn close_door(&self, number: u64) {
+        let mut state = self.state();
+        let Some(door) = state.doors.remove(&number) else { return };
+        let _ = shutdown(&door.near, Shutdown::Both);
+        state.sweep(&self.roots());
+    }
+
+    /// Nobody can use it any more: there is no door and no connection.
+    pub(super) fn is_idle(&self) -> bool {
+        let state = self.state();
+        state.doors.is_empty() && state.busy() == 0
+    }
+
+    /// Has what expires, or carries too much, cut in time; once.
+    pub(super) fn watch(self: &Arc<Self>) {
+        let mut state = self.state();
+        let is_limited = |account: &Account| account.until.is_some() || account.grant.bytes.is_some();
+        if !state.watched && state.grants.values().any(is_limited) {
+            state.watched = true;
+            tokio::spawn(cut_in_time(Arc::downgrade(self)));
+        }
+    }
+
+    fn overdue(&self) -> Vec<GrantId> {
+        let state = self.state();
+        let is_over = |(id, account): &(&GrantId, &Account)| {
+            let most = account.grant.bytes.map(sandbox::ByteSize::bytes);
+            !account.revoked && (account.expired() || most.is_some_and(|most| state.bytes(id) >= most))
+        };
+        state.grants.iter().filter(is_over).map(|(id, _)| id.clone()).collect()
     }
 }
 
-pub(super) fn boot_clock() -> Duration {
+fn boot_clock() -> Duration {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.try_into().unwrap_or_default())
 }
 
-/// Cuts what has expired, for as long as the sandbox is there.
-pub(super) async fn cut_when_expired(gate: std::sync::Weak<Gate>) {
+/// For as long as the gate is there.
+async fn cut_in_time(gate: std::sync::Weak<Gate>) {
     while let Some(gate) = gate.upgrade() {
-        let expired =
-            |granted: &&Granted| gate.expired(granted) && !gate.state().revoked.contains(&granted.name);
-        let expired: Vec<Name> =
-            gate.granted.iter().filter(expired).map(|granted| granted.name.clone()).collect();
-        for name in expired {
-            gate.cut(&name);
+        for id in gate.overdue() {
+            gate.cut(&id);
         }
         drop(gate);
-        tokio::time::sleep(EXPIRY_PAUSE).await;
+        tokio::time::sleep(CUT_PAUSE).await;
     }
 }

@@ -3,9 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::net::{RecvFlags, Shutdown, shutdown};
@@ -16,11 +15,11 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::askers::Asker;
-use super::gate::{Gate, OPEN_ALL_MAX, OPEN_OF_UID_MAX, Open, boot_clock, cut_when_expired};
+use super::gate::{Door, Gate, OPEN_ALL_MAX, OPEN_OF_UID_MAX, Open};
 use super::{Core, not_started};
 use crate::connection::{Connection, End};
-use crate::grant::{Grant, Host, Kind, Name, ambiguous};
-use crate::protocol::{AllGrants, Code, Denial, Revoke, Revoked};
+use crate::grant::{Grant, GrantId, Host, Kind, Name, ambiguous};
+use crate::protocol::{AllGrants, Code, Denial, Revoke, Revoked, Sandbox};
 use crate::serve::audit::bounded;
 use crate::serve::config::{Config, Rights, Verb};
 use crate::serve::gateway::{FromGateway, Granted, Place, ToGateway};
@@ -29,7 +28,7 @@ use crate::serve::inner::{DESCRIPTORS_MAX, FromSupervisor, Listen, ToLauncher, c
 /// How long an upstream may take to take a connection.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
 /// Grants of one sandbox: the lines to the vault of all of them are one packet's descriptors.
-const GRANTS_MAX: usize = DESCRIPTORS_MAX;
+const GRANTS_MAX: usize = 8;
 /// Names that nobody granted, of one sandbox, that are recorded one by one.
 const UNKNOWN_MAX: usize = 64;
 /// Requests that are being recorded, of one sandbox.
@@ -59,18 +58,38 @@ pub(super) fn may_have(names: &[Name], rights: &Rights, config: &Config) -> Resu
 }
 
 impl Core {
-    /// Makes the gateway of a sandbox that is about to be; what is to listen inside. Nothing for one without grants.
-    pub(super) async fn open_gate(
+    /// What is to listen in a sandbox that is about to be, and the door to it; nothing for one without grants.
+    pub(super) async fn listening(
         self: &Arc<Self>,
-        id: &str,
+        sandbox: &Sandbox,
         grants: &[Name],
-    ) -> Result<Option<Listen>, String> {
+        door: usize,
+    ) -> Result<Option<(Listen, OwnedFd)>, String> {
         if grants.is_empty() {
             return Ok(None);
         }
         let text = |error: io::Error| error.to_string();
+        let (gate, authority) = self.open_gate(sandbox.clone(), grants).await?;
+        let (near, far) = channel().map_err(text)?;
+        let copy = near.try_clone().map_err(text)?;
+        let grants = gate.roots();
+        let number = gate.keep_door(Door { grants: grants.clone(), near: copy });
+        let told = ToGateway::Door { number, grants: grants.clone(), derived: None, answers: None };
+        gate.tell(&told, &[near]).await.map_err(text)?;
+        let at = gate.places().into_iter().filter_map(|(_, address)| address).collect();
+        Ok(Some((Listen { at, authority, door, grants }, far)))
+    }
+
+    /// Makes a gateway, which then knows what goes into `grants`; the authority that it speaks TLS as.
+    pub(super) async fn open_gate(
+        self: &Arc<Self>,
+        of: Sandbox,
+        grants: &[Name],
+    ) -> Result<(Arc<Gate>, Option<String>), String> {
+        let text = |error: io::Error| error.to_string();
+        let id = of.id.clone();
         let (ours, theirs) = channel().map_err(text)?;
-        self.tell(&ToLauncher::Gateway { id: id.to_owned() }, &[theirs.as_fd()]).await.map_err(text)?;
+        self.tell(&ToLauncher::Gateway { id: id.clone() }, &[theirs.as_fd()]).await.map_err(text)?;
         drop(theirs);
         let granted: Vec<Granted> = self.granted(grants);
         let mut lines = Vec::new();
@@ -80,17 +99,8 @@ impl Core {
             lines.push(gateways);
         }
         let gateway = packets(ours).map_err(text)?;
-        let uid = self.table().sandboxes.get(id).map_or(0, |sandbox| sandbox.uid);
-        let gate = Gate {
-            id: id.to_owned(),
-            uid,
-            granted: granted.clone(),
-            gateway,
-            since: boot_clock(),
-            state: Mutex::default(),
-        };
-        let gate = Arc::new(gate);
-        self.table().gates.insert(id.to_owned(), Arc::clone(&gate));
+        let gate = Arc::new(Gate::new(of, granted.clone(), gateway));
+        self.table().gates.insert(id, Arc::clone(&gate));
         gate.tell(&ToGateway::Setup(granted), &lines).await.map_err(text)?;
         let hear = || receive::<FromGateway>(&gate.gateway, RecvFlags::DONTWAIT);
         let authority = match gate.gateway.async_io(Interest::READABLE, hear).await.map_err(text)? {
@@ -98,12 +108,9 @@ impl Core {
             Some((FromGateway::Unfit { why }, _)) => return Err(why),
             _ => return Err("its gateway ended before it was ready; the service's log says how".to_owned()),
         };
-        let at = gate.places().into_iter().filter_map(|(_, address)| address).collect();
-        if gate.granted.iter().any(|granted| granted.grant.expires.is_some()) {
-            tokio::spawn(cut_when_expired(Arc::downgrade(&gate)));
-        }
-        tokio::spawn(Arc::clone(self).attend_gateway(gate));
-        Ok(Some(Listen { at, authority }))
+        gate.watch();
+        tokio::spawn(Arc::clone(self).attend_gateway(Arc::clone(&gate)));
+        Ok((gate, authority))
     }
 
     /// One address for each host, in the order of their names.
@@ -138,7 +145,7 @@ impl Core {
             }
             let grant = |place: &Place| match place {
                 Place::Names => None,
-                Place::Listener { grant, .. } => Some(grant.clone()),
+                Place::Listener { grant, .. } => Some(GrantId::from(grant)),
             };
             gate.state().listeners.extend(of.iter().map(grant).zip(sockets));
             if whole {
@@ -170,7 +177,19 @@ impl Core {
                 }
                 FromGateway::Closed { number } => {
                     let (core, gate) = (Arc::clone(&self), Arc::clone(&gate));
-                    tokio::spawn(async move { core.closed(&gate, number).await });
+                    tokio::spawn(async move {
+                        core.closed(&gate, number).await;
+                        core.close_idle(&gate).await;
+                    });
+                }
+                FromGateway::Pair { number, grant } => self.pair(&gate, number, &grant).await,
+                FromGateway::Derive { number, grant, by } => {
+                    self.derive_inside(&gate, number, grant, by).await
+                }
+                FromGateway::Drop { grant } => drop(gate.cut(&grant)),
+                FromGateway::DoorClosed { number } => {
+                    gate.close_door(number);
+                    self.close_idle(&gate).await;
                 }
                 FromGateway::Asked { grant, method, path, status } => {
                     // The gateway's own word, recorded beside the connection's, and not waited for one by one.
@@ -192,8 +211,8 @@ impl Core {
     }
 
     async fn cut_all(&self, gate: &Gate) {
-        for granted in &gate.granted {
-            gate.cut(&granted.name);
+        for root in gate.roots() {
+            gate.cut(&root);
         }
         let left: Vec<u64> = gate.state().open.keys().copied().collect();
         for number in left {
@@ -222,24 +241,29 @@ impl Core {
         &self,
         gate: &Gate,
         number: u64,
-        grant: &Name,
+        grant: &GrantId,
         workload: Option<OwnedFd>,
     ) -> Result<OwnedFd, String> {
         let workload = workload.ok_or("it came without the workload's end")?;
-        let refuse = |why: &str| json!({ "kind": "deny", "code": "grant", "sandbox": gate.id, "grant": grant, "message": why });
-        let address = match self.room(gate).and_then(|()| gate.book(grant)) {
-            Ok(address) => address,
+        let granted = match self.room(gate).and_then(|()| gate.book(grant)) {
+            Ok(granted) => granted,
             Err(why) => {
                 let _ = shutdown(&workload, Shutdown::Both);
-                if gate.one_more_refused() {
-                    self.audit.record(refuse(why)).await;
-                }
+                self.refused(gate, grant, why).await;
                 return Err(why.to_owned());
             }
         };
-        let made = self.make(gate, number, grant, workload, address).await;
+        let made = self.make(gate, number, grant, workload, &granted).await;
         gate.state().making -= 1;
         made
+    }
+
+    /// Records what was refused at a gate.
+    pub(super) async fn refused(&self, gate: &Gate, grant: &GrantId, why: &str) {
+        if gate.one_more_refused() {
+            let event = json!({ "kind": "deny", "code": "grant", "sandbox": gate.id, "grant": grant, "message": bounded(why) });
+            self.audit.record(event).await;
+        }
     }
 
     /// Whether one more may be opened, for its user and at all.
@@ -247,7 +271,7 @@ impl Core {
         let table = self.table();
         let all: usize = table.gates.values().map(|gate| gate.open()).sum();
         let own: usize =
-            table.gates.values().filter(|other| other.uid == gate.uid).map(|gate| gate.open()).sum();
+            table.gates.values().filter(|other| other.of.uid == gate.of.uid).map(|gate| gate.open()).sum();
         if all >= OPEN_ALL_MAX || own >= OPEN_OF_UID_MAX {
             Err("too many connections are open")
         } else {
@@ -259,15 +283,22 @@ impl Core {
         &self,
         gate: &Gate,
         number: u64,
-        grant: &Name,
+        grant: &GrantId,
         workload: OwnedFd,
-        address: SocketAddr,
+        granted: &Grant,
     ) -> Result<OwnedFd, String> {
-        let event = json!({ "kind": "open", "sandbox": gate.id, "grant": grant, "number": number, "upstream": address });
+        let addresses = match self.addresses_of(granted).await {
+            Ok(addresses) => addresses,
+            Err(why) => {
+                self.refused(gate, grant, &why).await;
+                return Err(why);
+            }
+        };
+        let event = json!({ "kind": "open", "sandbox": gate.id, "grant": grant, "number": number, "upstream": addresses });
         if !self.audit.record(event).await {
             return Err("it cannot be recorded".to_owned());
         }
-        let made = match timeout(CONNECT_TIME_MAX, TcpStream::connect(address)).await {
+        let made = match timeout(CONNECT_TIME_MAX, TcpStream::connect(&*addresses)).await {
             Ok(Ok(stream)) => stream.into_std().map_err(|error| error.to_string()),
             Ok(Err(error)) => Err(error.to_string()),
             Err(_) => Err("it did not answer in time".to_owned()),
@@ -287,7 +318,7 @@ impl Core {
         };
         let mut state = gate.state();
         // It may have been revoked meanwhile.
-        if state.revoked.contains(grant) {
+        if state.grants.get(grant).is_none_or(|account| account.revoked) {
             let _ = shutdown(&workload, Shutdown::Both);
             return Err("the grant was revoked".to_owned());
         }
@@ -295,8 +326,8 @@ impl Core {
         Ok(theirs)
     }
 
-    async fn closed(&self, gate: &Gate, number: u64) {
-        let Some(open) = gate.state().open.remove(&number) else { return };
+    pub(super) async fn closed(&self, gate: &Gate, number: u64) {
+        let Some(open) = gate.take_open(number) else { return };
         let (sent, received) = open.bytes();
         let _ = shutdown(&open.upstream, Shutdown::Both);
         let event = json!({ "kind": "close", "sandbox": gate.id, "grant": open.grant, "number": number,
@@ -317,11 +348,7 @@ impl Core {
 
     /// Gates of sandboxes that the asker may do `verb` with.
     fn gates(&self, asker: &Asker, verb: Verb) -> Vec<Arc<Gate>> {
-        let table = self.table();
-        let may = |gate: &&Arc<Gate>| {
-            table.sandboxes.get(&gate.id).is_some_and(|sandbox| Core::may(asker, sandbox, verb))
-        };
-        table.gates.values().filter(may).cloned().collect()
+        self.table().gates.values().filter(|gate| Core::may(asker, &gate.of, verb)).cloned().collect()
     }
 
     /// `ListGrants`
@@ -338,15 +365,14 @@ impl Core {
         Revoke { grant, sandbox }: Revoke,
     ) -> Result<(), End> {
         let wanted = |gate: &Arc<Gate>| {
-            sandbox.as_ref().is_none_or(|id| *id == gate.id)
-                && gate.granted.iter().any(|granted| granted.name == grant)
+            sandbox.as_ref().is_none_or(|id| *id == gate.id) && gate.state().grants.contains_key(&grant)
         };
         let gates: Vec<_> = self.gates(asker, Verb::Revoke).into_iter().filter(wanted).collect();
         let connections = gates.iter().map(|gate| gate.cut(&grant)).sum();
         for gate in &gates {
             let mut event = asker.event("revoke");
             event["sandbox"] = gate.id.as_str().into();
-            event["grant"] = grant.as_str().into();
+            event["grant"] = json!(grant);
             self.audit.record(event).await;
         }
         let sandboxes = u64::try_from(gates.len()).unwrap_or(u64::MAX);

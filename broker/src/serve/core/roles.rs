@@ -1,8 +1,9 @@
 //! The lines to the roles that are always there: whether they answer, and what is asked of the vault.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::net::{RecvFlags, SendFlags};
 use serde_json::{Value, json};
@@ -12,29 +13,43 @@ use tokio::sync::oneshot;
 
 use super::askers::Asker;
 use super::decide::all_named;
-use super::{Core, not_started};
+use super::{Core, Table, not_started};
 use crate::connection::{Connection, End, Foreign};
-use crate::grant::Name;
+use crate::grant::{GrantId, Host, Name, Source};
 use crate::protocol::{AddCredential, Code, Credentials, Denial, RemoveCredential};
 use crate::rights;
 use crate::serve::config::Verb;
-use crate::serve::inner::{receive, send};
+use crate::serve::gateway::ToGateway;
+use crate::serve::inner::{channel, receive, send};
 use crate::serve::roles::{Answer, Ask, Role};
 
-/// Of one role. It answers what it is asked one after the other.
+/// Of one role.
 pub(super) struct RoleLine {
     channel: UnixStream,
-    waiting: Mutex<VecDeque<oneshot::Sender<Answer>>>,
+    waiting: Mutex<Waiting>,
+}
+
+/// Who waits for which answer.
+#[derive(Default)]
+struct Waiting {
+    asked: u64,
+    told: BTreeMap<u64, oneshot::Sender<Answer>>,
 }
 
 impl RoleLine {
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Nothing where the role has gone, or is asked more than it answers.
     async fn ask(&self, ask: &Ask, given: &[BorrowedFd<'_>]) -> Option<Answer> {
         let (told, answer) = oneshot::channel();
         {
-            let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-            send(&self.channel, ask, given, SendFlags::DONTWAIT).ok()?;
-            waiting.push_back(told);
+            let mut waiting = self.waiting();
+            waiting.asked += 1;
+            let number = waiting.asked;
+            send(&self.channel, &(number, ask), given, SendFlags::DONTWAIT).ok()?;
+            waiting.told.insert(number, told);
         }
         answer.await.ok()
     }
@@ -45,21 +60,23 @@ impl Core {
     pub(super) async fn attend_role(&self, role: Role, channel: UnixStream) {
         let line = Arc::new(RoleLine { channel, waiting: Mutex::default() });
         let (told, mut there) = oneshot::channel();
-        line.waiting.lock().unwrap_or_else(PoisonError::into_inner).push_back(told);
-        if send(&line.channel, &Ask::Ping, &[], SendFlags::DONTWAIT).is_err() {
+        line.waiting().told.insert(0, told);
+        if send(&line.channel, &(0, Ask::Ping), &[], SendFlags::DONTWAIT).is_err() {
             return;
         }
-        let hear = || receive::<Answer>(&line.channel, RecvFlags::DONTWAIT);
+        let hear = || receive::<(u64, Answer)>(&line.channel, RecvFlags::DONTWAIT);
         let mut up = false;
-        while let Ok(Some((answer, _))) = line.channel.async_io(Interest::READABLE, hear).await {
-            let told = line.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        while let Ok(Some(((number, answer), _))) = line.channel.async_io(Interest::READABLE, hear).await {
+            let told = line.waiting().told.remove(&number);
             let _ = told.map(|told| told.send(answer));
             if !up && there.try_recv().is_ok() {
                 up = true;
                 let mut table = self.table();
                 *table.roles.entry(role).or_default() += 1;
-                if role == Role::Vault {
-                    table.vault = Some(Arc::clone(&line));
+                match role {
+                    Role::Vault => table.vault = Some(Arc::clone(&line)),
+                    Role::Resolver => table.resolver = Some(Arc::clone(&line)),
+                    Role::Gateway => {}
                 }
             }
         }
@@ -68,12 +85,29 @@ impl Core {
         if let Some(there) = table.roles.get_mut(&role).filter(|_| up) {
             *there = there.saturating_sub(1);
         }
-        if table.vault.as_ref().is_some_and(|vault| Arc::ptr_eq(vault, &line)) {
-            table.vault = None;
+        let Table { vault, resolver, .. } = &mut *table;
+        for known in [vault, resolver] {
+            if known.as_ref().is_some_and(|known| Arc::ptr_eq(known, &line)) {
+                *known = None;
+            }
         }
         drop(table);
         // Who waits hears that no answer comes.
-        line.waiting.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        line.waiting().told.clear();
+    }
+
+    /// What the name of a host stands for.
+    pub(super) async fn resolve(&self, host: &Host) -> Result<Vec<IpAddr>, String> {
+        let resolver = self.table().resolver.clone();
+        let answer = match resolver {
+            Some(resolver) => resolver.ask(&Ask::Resolve(host.clone()), &[]).await,
+            None => None,
+        };
+        match answer {
+            Some(Answer::Addresses(addresses)) => Ok(addresses),
+            Some(Answer::Failed(why)) => Err(why),
+            _ => Err("the resolver does not answer".to_owned()),
+        }
     }
 
     async fn ask_vault(&self, ask: &Ask, given: &[BorrowedFd<'_>]) -> Result<Answer, String> {
@@ -157,8 +191,36 @@ impl Core {
             return self.deny(connection, asker, method, Denial::not_recorded()).await;
         }
         match self.ask_vault(ask, given).await {
-            Ok(_) => connection.reply(json!({}), false).await,
+            Ok(_) => {
+                self.renew(name).await;
+                connection.reply(json!({}), false).await
+            }
             Err(why) => self.not_started(connection, not_started(why)).await,
+        }
+    }
+
+    /// Has every gateway take what the store holds now as `name`, if it is there: sandboxes go on, and use it with their next request.
+    async fn renew(&self, name: &Name) {
+        let stored = Source::Store(name.clone());
+        let of_store = |credential: &Name| {
+            self.config.credential.get(credential).is_some_and(|own| own.source == stored)
+        };
+        let gates: Vec<_> = self.table().gates.values().cloned().collect();
+        for gate in gates {
+            for granted in &gate.granted {
+                if !granted.grant.credential.as_ref().is_some_and(of_store) {
+                    continue;
+                }
+                let Ok((vaults, gateways)) = channel() else { continue };
+                let renewed = match self.provide(&granted.name, vaults).await {
+                    Ok(()) => gate.tell(&ToGateway::Renew(granted.name.clone()), &[gateways]).await.is_ok(),
+                    Err(_) => false,
+                };
+                // What was taken back is used no longer.
+                if !renewed {
+                    gate.cut(&GrantId::from(&granted.name));
+                }
+            }
         }
     }
 

@@ -100,11 +100,13 @@ impl Core {
         cores_handle: Option<BorrowedFd<'_>>,
         descriptors: &[Foreign],
     ) -> io::Result<UnixStream> {
-        let listen = self.open_gate(&sandbox.id, &run.grants).await.map_err(io::Error::other)?;
-        let start = Start { sandbox, run, kind, asker: Some(descriptors.len()), listen };
-        let socket = asker.socket(connection);
+        let count = descriptors.len();
+        let made = self.listening(&sandbox, &run.grants, count + 1).await.map_err(io::Error::other)?;
+        let (listen, door) = made.unzip();
+        let start = Start { sandbox, run, kind, asker: Some(count), listen };
+        let last = [Some(asker.socket(connection)), door.as_ref().map(AsFd::as_fd)].into_iter().flatten();
         let given: Vec<_> =
-            cores_handle.into_iter().chain(descriptors.iter().map(AsFd::as_fd)).chain([socket]).collect();
+            cores_handle.into_iter().chain(descriptors.iter().map(AsFd::as_fd)).chain(last).collect();
         self.start(start, &given).await.and_then(packets)
     }
 

@@ -24,9 +24,9 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use zeroize::Zeroizing;
 
-use super::Line;
+use super::line::{Line, Open};
 use super::mask::Mask;
-use crate::grant::{Grant, Refusal, UpstreamTls};
+use crate::grant::{Grant, GrantId, Refusal, UpstreamTls};
 
 /// What one request's head may take.
 const HEAD_BYTES_MAX: usize = 64 << 10;
@@ -53,9 +53,16 @@ const OVERRIDES: [&str; 5] =
 type Body = BoxBody<Bytes, hyper::Error>;
 type Failure = Box<dyn std::error::Error>;
 
-/// A grant of this kind, with what it takes to use it.
+/// A grant of this kind.
 pub struct Http {
+    pub id: GrantId,
     pub grant: Grant,
+    /// Of it and all that was derived from it.
+    pub keys: Rc<RefCell<Rc<Keys>>>,
+}
+
+/// What it takes to use it, until that is renewed.
+pub struct Keys {
     /// The header's value, where there is a credential.
     pub secret: Option<(HeaderName, Zeroizing<Vec<u8>>)>,
     /// Takes the secret out of what comes back.
@@ -111,7 +118,7 @@ impl Upstream {
             },
             Err((status, why)) => said(status, why),
         };
-        self.line.asked(&self.http.grant, &method, &path, response.status().as_u16()).await;
+        self.line.asked(&self.http.id, &method, &path, response.status().as_u16()).await;
         response
     }
 
@@ -150,7 +157,8 @@ impl Upstream {
     }
 
     async fn pass_on(&self, mut request: Request<Incoming>) -> Result<Response<Body>, Failure> {
-        let Http { grant, secret, .. } = &*self.http;
+        let grant = &self.http.grant;
+        let keys = Rc::clone(&self.http.keys.borrow());
         let headers = request.headers_mut();
         strip_hop_by_hop(headers);
         for name in OVERRIDES {
@@ -162,13 +170,13 @@ impl Upstream {
             None => grant.host.to_string(),
         };
         headers.insert(HOST, host.parse()?);
-        if !self.http.mask.is_idle() {
+        if !keys.mask.is_idle() {
             // A reply that is compressed could not be searched; one that is compressed all the same is not passed on.
             headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
             // Nor could one that is asked for in parts, a piece of the secret in each.
             headers.remove(RANGE);
         }
-        if let Some((name, value)) = secret {
+        if let Some((name, value)) = &keys.secret {
             let mut value = HeaderValue::from_bytes(value)?;
             value.set_sensitive(true);
             // Whatever the workload says there is its own.
@@ -200,29 +208,30 @@ impl Upstream {
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
             return Err("the upstream switches protocols".into());
         }
-        if self.http.mask.is_idle() {
+        if keys.mask.is_idle() {
             return Ok(Response::from_parts(head, body.boxed()));
         }
         if head.headers.get_all(CONTENT_ENCODING).iter().any(|encoding| encoding != "identity") {
             return Err("the upstream compresses what it was asked not to".into());
         }
         for value in head.headers.values_mut() {
-            *value = masked(&self.http.mask, value.as_bytes(), HeaderValue::from_bytes)?;
+            *value = masked(&keys.mask, value.as_bytes(), HeaderValue::from_bytes)?;
         }
-        let body = Masked { body, mask: self.http.mask.clone(), trailers: None };
+        let body = Masked { body, mask: keys.mask.clone(), trailers: None };
         Ok(Response::from_parts(head, body.boxed()))
     }
 
     /// A connection to the upstream, made by the core, and TLS on it to whom the grant names.
     async fn open(&self) -> Result<SendRequest<Incoming>, Failure> {
-        let opened = self.line.open(&self.http.grant, &self.workload).await?;
+        let opened = self.line.open(&self.http.id, &self.workload).await?;
         let stream = TcpStream::from_std(opened.stream.into())?;
-        let Some(config) = &self.http.client else {
+        let client = self.http.keys.borrow().client.clone();
+        let Some(config) = client else {
             debug_assert_eq!(self.http.grant.upstream_tls, UpstreamTls::Off);
             return connected(stream, opened.guard).await;
         };
         let name = ServerName::try_from(self.http.grant.host.to_string())?;
-        let stream = TlsConnector::from(Arc::clone(config)).connect(name, stream).await?;
+        let stream = TlsConnector::from(config).connect(name, stream).await?;
         connected(stream, opened.guard).await
     }
 }
@@ -292,7 +301,7 @@ impl hyper::body::Body for Masked {
 
 async fn connected(
     stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
-    guard: super::Open,
+    guard: Open,
 ) -> Result<SendRequest<Incoming>, Failure> {
     let (send, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     tokio::task::spawn_local(async move {
