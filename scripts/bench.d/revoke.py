@@ -13,12 +13,19 @@ APT, CARGO = [], []
 RATIO_OF = "p99"
 
 ROUNDS, COUNT = 20, 1000
-# Connects to an echo, says so, and then when the last connection has ended, by the clock of the whole host.
+# Connects to an echo, says so, and then when the last connection has ended, by the clock of the whole host. Without a place to connect
+# to it asks at its door, for half of them at one that is derived twice.
 CLIENT = """
-import select, socket, sys, time
-place, waits, streams = (sys.argv[1], int(sys.argv[2])), select.epoll(), {}
+import json, select, socket, sys, time
+waits, streams = select.epoll(), {}
+def asked(door, method):
+    door.send(json.dumps({"method": "io.broker.Grant." + method}).encode())
+    return socket.socket(fileno=socket.recv_fds(door, 4096, 1)[1][0])
+if len(sys.argv) == 1:
+    door = socket.socket(fileno=3)
+    doors = [door, asked(asked(door, "Derive"), "Derive")]
 for number in range(%d):
-    stream = socket.create_connection(place)
+    stream = asked(doors[number %% 2], "Open") if len(sys.argv) == 1 else socket.create_connection(sys.argv[1:])
     stream.sendall(b"x")
     assert stream.recv(1) == b"x"
     streams[stream.fileno()] = stream
@@ -28,6 +35,10 @@ ended = 0
 while ended < len(streams):
     ended += len(waits.poll(maxevents=len(streams)))
 now = time.monotonic_ns()
+if len(sys.argv) == 1:
+    for door in doors:
+        try: door.send(b"{}"); assert False, "it can still be asked"
+        except BrokenPipeError: pass
 for stream in streams.values():
     try:
         assert stream.recv(1) == b""
@@ -73,8 +84,8 @@ def timed(client, cut):
     return [(last - start) / 1e6]
 
 
-def revoked(daemon):
-    words = [broker(), "exec", "--connect", daemon.socket, "--grant", "echo", "--", "python3", "-c", CLIENT, "echo.test", "7"]
+def revoked(daemon, *place):
+    words = [broker(), "exec", "--connect", daemon.socket, "--grant", "echo", "--", "python3", "-c", CLIENT, *place]
     client = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     peer = Peer(daemon.socket)
 
@@ -98,8 +109,10 @@ def run():
     daemon = Daemon(f'[grant.echo]\nkind = "tcp"\nhost = "echo.test"\nport = 7\nupstream = "127.0.0.1:{port}"\n')
     try:
         return alternate([
-            {"name": "revoke", "ours": True, "version": "", "command": ["Revoke"],
-             "also_enforces": "workloads' ends first; recorded after", "call": lambda: revoked(daemon)},
+            {"name": "revoke, addresses", "ours": True, "version": "", "command": ["Revoke"],
+             "also_enforces": "workloads' ends first; recorded after", "call": lambda: revoked(daemon, "echo.test", "7")},
+            {"name": "revoke, descriptors", "ours": True, "version": "", "command": ["Revoke"],
+             "also_enforces": "the same; half of them derived twice", "call": lambda: revoked(daemon)},
             {"name": "kill -9", "ours": False, "version": "", "command": ["kill", "-9"],
              "also_enforces": "NOTHING: the kernel closes the server's ends", "call": killed},
         ], ROUNDS)

@@ -3,6 +3,7 @@
 
 mod door;
 mod http;
+mod judge;
 mod line;
 mod mask;
 mod names;
@@ -13,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, UdpSocket as StdDatagrams};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -80,7 +82,9 @@ impl Gateway {
         let service = self.services.borrow().get(grant).cloned().ok_or("it is not granted")?;
         let permit = Arc::clone(&self.room).acquire_owned().await?;
         let (near, far, guard) = self.line.pair(grant).await?;
-        let near = UnixStream::from_std(near.into())?;
+        let near = StdUnixStream::from(near);
+        near.set_nonblocking(true)?;
+        let near = UnixStream::from_std(near)?;
         let line = Rc::clone(&self.line);
         tokio::task::spawn_local(async move {
             finish(near, service, false, line).await;

@@ -25,9 +25,8 @@ const HELD_MAX: usize = 64;
 impl Core {
     /// A connection on `grant` for whoever asked at a door: the gateway gets both ends.
     pub(super) async fn pair(&self, gate: &Gate, number: u64, grant: &GrantId) {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let made = || -> io::Result<_> {
-            let (near, far) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            let (near, far) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
             Ok((near.try_clone()?, near, far))
         };
         let kept = made().map_err(|error| error.to_string()).and_then(|(copy, near, far)| {

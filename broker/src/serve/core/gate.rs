@@ -216,7 +216,7 @@ impl Gate {
         let open: Vec<&Open> = state.open.values().filter(|open| ours(&open.grant)).collect();
         let workloads = open.iter().map(|open| &open.workload);
         let upstreams = open.iter().map(|open| &open.upstream);
-        for end in workloads.chain(near).chain(doors).chain(listeners).chain(upstreams) {
+        for end in doors.chain(workloads).chain(near).chain(listeners).chain(upstreams) {
             let _ = shutdown(end, Shutdown::Both);
         }
         u64::try_from(open.len()).unwrap_or(u64::MAX)

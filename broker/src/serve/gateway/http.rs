@@ -11,12 +11,9 @@ use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Frame, Incoming, SizeHint};
 use hyper::client::conn::http1::SendRequest;
-use hyper::header::{
-    ACCEPT_ENCODING, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue,
-    RANGE, TRANSFER_ENCODING,
-};
+use hyper::header::{ACCEPT_ENCODING, CONTENT_ENCODING, HeaderMap, HeaderName, HeaderValue, RANGE};
 use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode, Version};
+use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -24,31 +21,15 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use zeroize::Zeroizing;
 
+use super::judge::{judge, readdress, strip_hop_by_hop};
 use super::line::{Line, Open};
 use super::mask::Mask;
-use crate::grant::{Grant, GrantId, Refusal, UpstreamTls};
+use crate::grant::{Grant, GrantId, UpstreamTls};
 
 /// What one request's head may take.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 /// How long a workload may take to send one.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
-
-/// What concerns one connection alone (RFC 9110, 7.6.1), beside what `Connection` names.
-const HOP_BY_HOP: [&str; 9] = [
-    "connection",
-    "keep-alive",
-    "proxy-authenticate",
-    "proxy-authorization",
-    "proxy-connection",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-];
-
-/// What some servers take for another method or path than those that were judged.
-const OVERRIDES: [&str; 5] =
-    ["x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url"];
 
 type Body = BoxBody<Bytes, hyper::Error>;
 type Failure = Box<dyn std::error::Error>;
@@ -104,7 +85,7 @@ pub async fn serve(
 impl Upstream {
     async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
         let (method, path) = (request.method().to_string(), request.uri().path().to_owned());
-        let response = match self.judge(&request) {
+        let response = match judge(&self.http.grant, &request) {
             Ok(()) => match self.pass_on(request).await {
                 Ok(response) => response,
                 Err(error) => {
@@ -122,54 +103,11 @@ impl Upstream {
         response
     }
 
-    /// Whether it goes on; each is judged for itself.
-    fn judge(&self, request: &Request<Incoming>) -> Result<(), (StatusCode, &'static str)> {
-        let grant = &self.http.grant;
-        let bad = |why| Err((StatusCode::BAD_REQUEST, why));
-        if request.version() != Version::HTTP_11 || request.uri().authority().is_some() {
-            return bad("only HTTP/1.1 to this host itself");
-        }
-        let headers = request.headers();
-        if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH)
-            || headers.get_all(CONTENT_LENGTH).iter().count() > 1
-            || headers.get_all(TRANSFER_ENCODING).iter().any(|value| value != "chunked")
-        {
-            return bad("its length can be read in two ways");
-        }
-        let mut hosts = headers.get_all(HOST).iter();
-        let named = |value: &HeaderValue| {
-            let text = value.to_str().unwrap_or_default().to_ascii_lowercase();
-            let (host, port) =
-                text.split_once(':').map_or((text.as_str(), None), |(host, port)| (host, Some(port)));
-            let port = port.is_none_or(|port| grant.ports().iter().any(|(own, _)| own.to_string() == port));
-            host == grant.host.as_str() && port
-        };
-        if !hosts.next().is_some_and(named) || hosts.next().is_some() {
-            return Err((StatusCode::MISDIRECTED_REQUEST, "the grant is for another host"));
-        }
-        match grant.allows(request.method().as_str(), request.uri().path()) {
-            Ok(()) => Ok(()),
-            Err(Refusal::NotAllowed) => {
-                Err((StatusCode::FORBIDDEN, "the grant does not allow this method on this path"))
-            }
-            Err(Refusal::Ambiguous) => bad("its path can be read in two ways"),
-        }
-    }
-
     async fn pass_on(&self, mut request: Request<Incoming>) -> Result<Response<Body>, Failure> {
         let grant = &self.http.grant;
         let keys = Rc::clone(&self.http.keys.borrow());
         let headers = request.headers_mut();
-        strip_hop_by_hop(headers);
-        for name in OVERRIDES {
-            headers.remove(name);
-        }
-        let default = grant.ports().first().is_some_and(|(port, _)| *port == 443);
-        let host = match grant.port.filter(|_| !default) {
-            Some(port) => format!("{}:{port}", grant.host),
-            None => grant.host.to_string(),
-        };
-        headers.insert(HOST, host.parse()?);
+        readdress(grant, headers)?;
         if !keys.mask.is_idle() {
             // A reply that is compressed could not be searched; one that is compressed all the same is not passed on.
             headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
@@ -309,19 +247,6 @@ async fn connected(
         drop(guard);
     });
     Ok(send)
-}
-
-fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    let named: Vec<String> = headers
-        .get_all(CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .map(|name| name.trim().to_owned())
-        .collect();
-    for name in HOP_BY_HOP.iter().copied().chain(named.iter().map(String::as_str)) {
-        headers.remove(name);
-    }
 }
 
 fn said(status: StatusCode, why: &'static str) -> Response<Body> {

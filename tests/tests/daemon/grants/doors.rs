@@ -19,6 +19,7 @@ class Door:
     def open(self, **which):
         parameters, fds, failed = self.ask('Open', **which)
         if failed: return parameters['message']
+        assert os.get_blocking(fds[0])
         s = socket.socket(fileno=fds[0]); s.settimeout(10)
         return s
     def derive(self, **how):
