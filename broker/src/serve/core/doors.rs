@@ -26,7 +26,8 @@ impl Core {
     /// A connection on `grant` for whoever asked at a door: the gateway gets both ends.
     pub(super) async fn pair(&self, gate: &Gate, number: u64, grant: &GrantId) {
         let made = || -> io::Result<_> {
-            let (near, far) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+            let (near, far) =
+                socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
             Ok((near.try_clone()?, near, far))
         };
         let kept = made().map_err(|error| error.to_string()).and_then(|(copy, near, far)| {
