@@ -54,7 +54,7 @@ fn list(socket: &Path, json: bool) -> Result<String, String> {
 /// The door becomes descriptor 3 of what this process becomes.
 fn derive(socket: &Path, grant: Name, by: Narrowing, command: &[OsString]) -> Result<Infallible, String> {
     let (Derived { grant, .. }, door) = connect(socket)?
-        .call_for_descriptor::<Derived>("Derive", &Derive { grant, by })
+        .call_for_descriptor::<Derived>("Derive", &Derive { grant, by: Some(by) })
         .map_err(|error| error.to_string())?;
     sandbox::pass_descriptor(door).map_err(|error| format!("descriptor 3: {error}"))?;
     let mut program = std::process::Command::new(&command[0]);

@@ -419,7 +419,7 @@ pub struct Derive {
     pub grant: Name,
     /// By how much it is made narrower.
     #[serde(default)]
-    pub by: Narrowing,
+    pub by: Option<Narrowing>,
 }
 
 /// A reply to `Derive`.

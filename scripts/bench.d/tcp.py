@@ -68,15 +68,22 @@ def sample(words):
     return [float(done.stdout)]
 
 
-def run():
-    server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
-    port = int(server.stdout.readline())
-    scratch = Path(tempfile.mkdtemp(prefix="broker-bench-"))
+def serve_haproxy(scratch, port):
+    """haproxy in front of `port`, with one thread and splice, and where it listens; nothing where there is none."""
     proxied = port + 1 if port < 65535 else port - 1
     (scratch / "haproxy.cfg").write_text(
         "global\n  nbthread 1\ndefaults\n  mode tcp\n  option splice-auto\n  timeout client 60s\n  timeout server 60s\n  timeout connect 5s\n"
         f"frontend f\n  bind 127.0.0.1:{proxied}\n  default_backend b\nbackend b\n  server s 127.0.0.1:{port}\n")
-    proxy = subprocess.Popen([find("haproxy"), "-f", scratch / "haproxy.cfg"], stderr=subprocess.DEVNULL) if os.access(find("haproxy"), os.X_OK) else None
+    if not os.access(find("haproxy"), os.X_OK):
+        return None, proxied
+    return subprocess.Popen([find("haproxy"), "-f", scratch / "haproxy.cfg"], stderr=subprocess.DEVNULL), proxied
+
+
+def run():
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    port = int(server.stdout.readline())
+    scratch = Path(tempfile.mkdtemp(prefix="broker-bench-"))
+    proxy, proxied = serve_haproxy(scratch, port)
     daemon = Daemon(f'[grant.server]\nkind = "tcp"\nhost = "server.test"\nport = 7\nupstream = "127.0.0.1:{port}"\n')
     time.sleep(0.5)
     rows = []

@@ -87,7 +87,6 @@ fn what_decides_does_not_act() {
         "broker/src/grant/derived.rs",
         "broker/src/grant/rules.rs",
         "broker/src/serve/gateway/judge.rs",
-        "broker/src/serve/gateway/mask.rs",
     ];
     let acts = [
         "std::fs",

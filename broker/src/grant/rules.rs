@@ -4,6 +4,11 @@ use serde::{Deserialize, Serialize};
 
 use super::Grant;
 
+/// What one rule may hold.
+const PATH_BYTES_MAX: usize = 1024;
+const METHODS_MAX: usize = 16;
+const METHOD_BYTES_MAX: usize = 32;
+
 /// What may be asked for: one of the methods, on a path of this form.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -47,7 +52,7 @@ impl Rule {
         self.is_faulty().then(|| {
             format!(
                 "allow: {:?}: methods in capitals, a path that begins with `/`, `**` at its end only",
-                self.path
+                self.path.chars().take(80).collect::<String>()
             )
         })
     }
@@ -62,6 +67,9 @@ impl Rule {
         let mut segments: Vec<&str> = self.path.split('/').skip(1).collect();
         let last = segments.pop();
         !self.path.starts_with('/')
+            || self.path.len() > PATH_BYTES_MAX
+            || self.methods.len() > METHODS_MAX
+            || self.methods.iter().any(|method| method.len() > METHOD_BYTES_MAX)
             || self.methods.is_empty()
             || !self.methods.iter().all(method)
             // Ends whatever may come after it, and would make us a proxy for anything.

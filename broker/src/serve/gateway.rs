@@ -17,6 +17,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use hyper::header::HeaderName;
 use rustix::net::RecvFlags;
@@ -28,7 +29,7 @@ use zeroize::Zeroizing;
 
 use super::inner::{PACKET_BYTES_MAX, receive, receive_into};
 use super::vault::Provided;
-use crate::grant::{Grant, GrantId, Kind, Narrowing, UpstreamTls};
+use crate::grant::{Grant, GrantId, Host, Kind, Narrowing, UpstreamTls};
 use crate::say::complain;
 use http::{Http, Keys};
 pub use line::{FromGateway, Granted, Place, ToGateway};
@@ -318,7 +319,18 @@ async fn listen(listener: TcpListener, service: Service, tls: bool, line: Rc<Lin
 async fn finish(stream: impl Connection, service: Service, tls: bool, line: Rc<Line>) {
     let host = service.grant().host.clone();
     if let Err(error) = attend(stream, service, tls, line).await {
-        complain!("gateway: {host}: {error}");
+        complain_of(&host, &*error);
+    }
+}
+
+/// What a workload can have said as often as it likes is said so many times.
+fn complain_of(host: &Host, error: &dyn std::error::Error) {
+    const TIMES: u32 = 100;
+    static SAID: AtomicU32 = AtomicU32::new(0);
+    match SAID.fetch_add(1, Ordering::Relaxed) {
+        0..TIMES => complain!("gateway: {host}: {error}"),
+        TIMES => complain!("gateway: nothing more is said of this sandbox's connections"),
+        _ => {}
     }
 }
 
@@ -346,7 +358,8 @@ async fn attend(
         }
         Service::Http { http, acceptor } if tls => {
             // A workload that does not speak TLS, or not with this authority, ends itself.
-            let Ok(stream) = acceptor.accept(stream).await else { return Ok(()) };
+            let accepted = tokio::time::timeout(http::HEAD_TIME_MAX, acceptor.accept(stream)).await;
+            let Ok(Ok(stream)) = accepted else { return Ok(()) };
             if stream.get_ref().1.server_name() != Some(http.grant.host.as_str()) {
                 return Ok(());
             }

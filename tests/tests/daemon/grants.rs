@@ -13,6 +13,10 @@ mod lookups;
 mod rows;
 #[path = "grants/servers.rs"]
 mod servers;
+#[path = "grants/tenants.rs"]
+mod tenants;
+#[path = "grants/upstreams.rs"]
+mod upstreams;
 #[path = "grants/used.rs"]
 mod used;
 

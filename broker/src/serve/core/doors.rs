@@ -15,7 +15,7 @@ use super::{Core, not_started};
 use crate::connection::{Connection, End};
 use crate::grant::{GrantId, Name, Narrowing};
 use crate::protocol::{Code, Denial, Derive, Derived, Sandbox};
-use crate::serve::audit::now_ms;
+use crate::serve::audit::{bounded, now_ms};
 use crate::serve::gateway::ToGateway;
 use crate::serve::inner::channel;
 
@@ -30,6 +30,7 @@ impl Core {
                 socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
             Ok((near.try_clone()?, near, far))
         };
+        let made = || self.room_at_doors(gate).map_err(io::Error::other).and_then(|()| made());
         let kept = made().map_err(|error| error.to_string()).and_then(|(copy, near, far)| {
             gate.keep_near(number, grant, copy).map_err(str::to_owned).map(|()| [near, far])
         });
@@ -77,7 +78,9 @@ impl Core {
         let text = |error: io::Error| error.to_string();
         let (near, far) = channel().map_err(text)?;
         let (id, door) = gate.derive(parent, by, near.try_clone().map_err(text)?)?;
-        let event = json!({ "kind": "derive", "sandbox": gate.id, "grant": id, "from": parent, "by": by });
+        let how = serde_json::to_string(by).unwrap_or_default();
+        let event =
+            json!({ "kind": "derive", "sandbox": gate.id, "grant": id, "from": parent, "by": bounded(&how) });
         if !self.audit.record(event).await {
             gate.close_door(door);
             return Err("it cannot be recorded".to_owned());
@@ -93,6 +96,7 @@ impl Core {
         asker: &Asker,
         Derive { grant, by }: Derive,
     ) -> Result<(), End> {
+        let by = by.unwrap_or_default();
         let allowed = may_have(std::slice::from_ref(&grant), &asker.rights, &self.config)
             .and_then(|()| self.may_hold_a_door(asker.peer.uid));
         if let Err(denial) = allowed {

@@ -25,8 +25,12 @@ const CUT_PAUSE: Duration = Duration::from_millis(200);
 const OPEN_MAX: usize = 1024;
 pub(super) const OPEN_OF_UID_MAX: usize = 2048;
 pub(super) const OPEN_ALL_MAX: usize = 4096;
-/// Doors of one gate.
+/// What was asked for at the doors of one uid, and at all, and is open: each takes one more.
+pub(super) const NEAR_OF_UID_MAX: usize = 1024;
+pub(super) const NEAR_ALL_MAX: usize = 4096;
+/// Doors of one gate, and how many are made of it at all: each is recorded.
 const DOORS_MAX: usize = 64;
+const DERIVED_MAX: usize = 10_000;
 /// Refusals of one sandbox that are recorded one by one.
 const REFUSED_MAX: u64 = 64;
 
@@ -51,6 +55,7 @@ pub(super) struct State {
     pub(super) near: BTreeMap<u64, (GrantId, OwnedFd)>,
     pub(super) doors: BTreeMap<u64, Door>,
     doors_made: u64,
+    derived: usize,
     pub(super) unknown: BTreeSet<String>,
     pub(super) unknown_more: u64,
     pub(super) refused: u64,
@@ -68,6 +73,8 @@ pub(super) struct Account {
     pub(super) uses: u64,
     /// Of connections that are closed.
     bytes: u64,
+    /// Of those that are open, where bytes are limited.
+    seen: u64,
     derived: usize,
     pub(super) revoked: bool,
 }
@@ -75,7 +82,7 @@ pub(super) struct Account {
 impl Account {
     pub(super) fn new(grant: Grant) -> Account {
         let until = grant.expires.map(|span| boot_clock() + span.duration());
-        Account { grant, until, uses: 0, bytes: 0, derived: 0, revoked: false }
+        Account { grant, until, uses: 0, bytes: 0, seen: 0, derived: 0, revoked: false }
     }
 
     fn expired(&self) -> bool {
@@ -95,6 +102,8 @@ pub(super) struct Open {
     pub(super) grant: GrantId,
     pub(super) workload: OwnedFd,
     pub(super) upstream: OwnedFd,
+    /// How much of it was added up already.
+    pub(super) seen: u64,
 }
 
 impl Open {
@@ -115,7 +124,7 @@ impl State {
                 Err("the grant was revoked")
             } else if account.expired() {
                 Err("the grant has expired")
-            } else if account.grant.bytes.is_some_and(|most| self.bytes(above) >= most.bytes()) {
+            } else if account.grant.bytes.is_some_and(|most| self.carried(above) >= most.bytes()) {
                 Err("the grant has carried all that it may")
             } else if account.grant.uses.is_some_and(|most| account.uses >= most) {
                 Err("the grant is used up")
@@ -123,13 +132,6 @@ impl State {
                 Ok(())
             }
         })
-    }
-
-    /// What went through, those derived from it included.
-    fn bytes(&self, id: &GrantId) -> u64 {
-        let open = self.open.values().filter(|open| open.grant.is_within(id));
-        let open: u64 = open.map(|open| open.bytes()).map(|(sent, received)| sent + received).sum();
-        open + self.grants.get(id).map_or(0, |account| account.bytes)
     }
 
     fn keep_door(&mut self, door: Door) -> u64 {
@@ -154,9 +156,28 @@ impl State {
         self.grants.retain(|id, _| roots.contains(id) || used.iter().any(|used| used.is_within(id)));
     }
 
-    /// How many connections there are: one that was asked for at a door has an upstream later, or none.
-    fn busy(&self) -> usize {
-        self.open.len().max(self.near.len()) + self.making
+    /// What went through, as it was when somebody looked last.
+    fn carried(&self, id: &GrantId) -> u64 {
+        self.grants.get(id).map_or(0, |account| account.bytes + account.seen)
+    }
+
+    /// Looks at each connection once, for all whose bytes are limited.
+    fn look(&mut self) {
+        let State { open, grants, .. } = self;
+        let mut limited: Vec<_> =
+            grants.iter_mut().filter(|(_, account)| account.grant.bytes.is_some()).collect();
+        for open in open.values_mut() {
+            let above = || limited.iter().any(|(id, _)| open.grant.is_within(id));
+            if !above() {
+                continue;
+            }
+            let (sent, received) = open.bytes();
+            let more = (sent + received).saturating_sub(open.seen);
+            open.seen += more;
+            for (_, account) in limited.iter_mut().filter(|(id, _)| open.grant.is_within(id)) {
+                account.seen += more;
+            }
+        }
     }
 }
 
@@ -222,9 +243,10 @@ impl Gate {
         u64::try_from(open.len()).unwrap_or(u64::MAX)
     }
 
-    /// Connections that are open or being made.
-    pub(super) fn open(&self) -> usize {
-        self.state().busy()
+    /// Connections to upstreams that are open or being made, and those that were asked for at doors.
+    pub(super) fn open(&self) -> (usize, usize) {
+        let state = self.state();
+        (state.open.len() + state.making, state.near.len())
     }
 
     /// Whether this refusal is recorded for itself.
@@ -287,7 +309,10 @@ impl Gate {
         }
         let open = state.open.remove(&number)?;
         let (sent, received) = open.bytes();
-        state.count(&open.grant, |account| account.bytes += sent + received);
+        state.count(&open.grant, |account| {
+            account.bytes += sent + received;
+            account.seen = account.seen.saturating_sub(open.seen);
+        });
         state.sweep(&self.roots());
         Some(open)
     }
@@ -303,6 +328,10 @@ impl Gate {
         state.living(parent)?;
         if state.doors.len() >= DOORS_MAX {
             return Err(format!("{DOORS_MAX} doors are there already"));
+        }
+        state.derived += 1;
+        if state.derived > DERIVED_MAX {
+            return Err(format!("{DERIVED_MAX} were derived here already"));
         }
         let account = state.grants.get_mut(parent).ok_or("it is not granted")?;
         let narrowed = account.grant.narrowed(parent, by)?;
@@ -329,7 +358,7 @@ impl Gate {
     /// Nobody can use it any more: there is no door and no connection.
     pub(super) fn is_idle(&self) -> bool {
         let state = self.state();
-        state.doors.is_empty() && state.busy() == 0
+        state.doors.is_empty() && state.open.is_empty() && state.near.is_empty() && state.making == 0
     }
 
     /// Has what expires, or carries too much, cut in time; once.
@@ -343,10 +372,11 @@ impl Gate {
     }
 
     fn overdue(&self) -> Vec<GrantId> {
-        let state = self.state();
+        let mut state = self.state();
+        state.look();
         let is_over = |(id, account): &(&GrantId, &Account)| {
             let most = account.grant.bytes.map(sandbox::ByteSize::bytes);
-            !account.revoked && (account.expired() || most.is_some_and(|most| state.bytes(id) >= most))
+            !account.revoked && (account.expired() || most.is_some_and(|most| state.carried(id) >= most))
         };
         state.grants.iter().filter(is_over).map(|(id, _)| id.clone()).collect()
     }

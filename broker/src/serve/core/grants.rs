@@ -15,7 +15,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::askers::Asker;
-use super::gate::{Door, Gate, OPEN_ALL_MAX, OPEN_OF_UID_MAX, Open};
+use super::gate::{Door, Gate, NEAR_ALL_MAX, NEAR_OF_UID_MAX, OPEN_ALL_MAX, OPEN_OF_UID_MAX, Open};
 use super::{Core, not_started};
 use crate::connection::{Connection, End};
 use crate::grant::{Grant, GrantId, Host, Kind, Name, ambiguous};
@@ -268,15 +268,25 @@ impl Core {
 
     /// Whether one more may be opened, for its user and at all.
     fn room(&self, gate: &Gate) -> Result<(), &'static str> {
+        self.has_room(gate, |(open, _)| open, [OPEN_OF_UID_MAX, OPEN_ALL_MAX])
+    }
+
+    /// Whether one more may be asked for at a door. Who asks, and then says nothing, takes nobody's room but its own.
+    pub(super) fn room_at_doors(&self, gate: &Gate) -> Result<(), &'static str> {
+        self.has_room(gate, |(_, near)| near, [NEAR_OF_UID_MAX, NEAR_ALL_MAX])
+    }
+
+    fn has_room(
+        &self,
+        gate: &Gate,
+        count: impl Fn((usize, usize)) -> usize,
+        [of_uid, at_all]: [usize; 2],
+    ) -> Result<(), &'static str> {
         let table = self.table();
-        let all: usize = table.gates.values().map(|gate| gate.open()).sum();
-        let own: usize =
-            table.gates.values().filter(|other| other.of.uid == gate.of.uid).map(|gate| gate.open()).sum();
-        if all >= OPEN_ALL_MAX || own >= OPEN_OF_UID_MAX {
-            Err("too many connections are open")
-        } else {
-            Ok(())
-        }
+        let all: usize = table.gates.values().map(|gate| count(gate.open())).sum();
+        let of = table.gates.values().filter(|other| other.of.uid == gate.of.uid);
+        let own: usize = of.map(|gate| count(gate.open())).sum();
+        if all >= at_all || own >= of_uid { Err("too many connections are open") } else { Ok(()) }
     }
 
     async fn make(
@@ -322,7 +332,7 @@ impl Core {
             let _ = shutdown(&workload, Shutdown::Both);
             return Err("the grant was revoked".to_owned());
         }
-        state.open.insert(number, Open { grant: grant.clone(), workload, upstream });
+        state.open.insert(number, Open { grant: grant.clone(), workload, upstream, seen: 0 });
         Ok(theirs)
     }
 

@@ -39,7 +39,7 @@ struct Which {
 #[serde(deny_unknown_fields, default)]
 struct Narrower {
     grant: Option<GrantId>,
-    by: Narrowing,
+    by: Option<Narrowing>,
 }
 
 /// What goes with an answer.
@@ -121,7 +121,7 @@ async fn answer(
         }
         Some("Derive") => {
             let Narrower { grant, by } = parameters(call)?;
-            let (grant, far) = gateway.line.derive(&which(grant)?, by).await?;
+            let (grant, far) = gateway.line.derive(&which(grant)?, by.unwrap_or_default()).await?;
             Ok((json!({ "grant": grant, "door": 0 }), Then::HandOver(far)))
         }
         Some("Drop") => {

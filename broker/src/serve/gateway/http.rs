@@ -11,7 +11,9 @@ use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Frame, Incoming, SizeHint};
 use hyper::client::conn::http1::SendRequest;
-use hyper::header::{ACCEPT_ENCODING, CONTENT_ENCODING, HeaderMap, HeaderName, HeaderValue, RANGE};
+use hyper::header::{
+    ACCEPT_ENCODING, CONTENT_ENCODING, HeaderMap, HeaderName, HeaderValue, RANGE, TRANSFER_ENCODING,
+};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -29,7 +31,7 @@ use crate::grant::{Grant, GrantId, UpstreamTls};
 /// What one request's head may take.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 /// How long a workload may take to send one.
-const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
+pub const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
 
 type Body = BoxBody<Bytes, hyper::Error>;
 type Failure = Box<dyn std::error::Error>;
@@ -77,7 +79,6 @@ pub async fn serve(
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIME_MAX)
         .max_buf_size(HEAD_BYTES_MAX)
-        .half_close(true)
         .serve_connection(TokioIo::new(stream), service)
         .await
 }
@@ -89,7 +90,7 @@ impl Upstream {
             Ok(()) => match self.pass_on(request).await {
                 Ok(response) => response,
                 Err(error) => {
-                    crate::say::complain!("gateway: {}: {error}", self.http.grant.host);
+                    super::complain_of(&self.http.grant.host, &*error);
                     // What the upstream, or TLS, said of itself is not the workload's to read.
                     said(
                         StatusCode::BAD_GATEWAY,
@@ -142,6 +143,12 @@ impl Upstream {
         };
         self.send.replace(Some(send));
         let (mut head, body) = sent.into_parts();
+        // The upstream's own words for its status, among others.
+        head.extensions.clear();
+        let is_plain = |value: &HeaderValue| value == "chunked";
+        if !head.headers.get_all(TRANSFER_ENCODING).iter().all(is_plain) {
+            return Err("the upstream encodes what it was asked not to".into());
+        }
         strip_hop_by_hop(&mut head.headers);
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
             return Err("the upstream switches protocols".into());
@@ -151,6 +158,9 @@ impl Upstream {
         }
         if head.headers.get_all(CONTENT_ENCODING).iter().any(|encoding| encoding != "identity") {
             return Err("the upstream compresses what it was asked not to".into());
+        }
+        if head.headers.keys().any(|name| keys.mask.is_in_name(name.as_str())) {
+            return Err("the upstream calls a header by what is to be masked".into());
         }
         for value in head.headers.values_mut() {
             *value = masked(&keys.mask, value.as_bytes(), HeaderValue::from_bytes)?;
@@ -218,6 +228,9 @@ impl hyper::body::Body for Masked {
                 }
                 Err(frame) => {
                     let mut last = frame.into_trailers().unwrap_or_default();
+                    if last.keys().any(|name| mask.is_in_name(name.as_str())) {
+                        last.clear();
+                    }
                     for value in last.values_mut() {
                         let clean = masked(mask, value.as_bytes(), HeaderValue::from_bytes);
                         *value = clean.unwrap_or(HeaderValue::from_static("*"));

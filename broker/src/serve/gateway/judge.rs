@@ -1,7 +1,8 @@
 //! Whether a request of the workload's goes on, and as what. Pure: hyper has parsed it, and will send what is left here.
 
 use hyper::header::{
-    CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderValue, InvalidHeaderValue, TRANSFER_ENCODING,
+    CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, InvalidHeaderValue,
+    TRANSFER_ENCODING,
 };
 use hyper::{Request, StatusCode, Version};
 
@@ -21,8 +22,15 @@ const HOP_BY_HOP: [&str; 9] = [
 ];
 
 /// What some servers take for another method or path than those that were judged.
-const OVERRIDES: [&str; 5] =
-    ["x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url"];
+const OVERRIDES: [&str; 7] = [
+    "x-forwarded-uri",
+    "x-http-method",
+    "x-http-method-override",
+    "x-method-override",
+    "x-original-uri",
+    "x-original-url",
+    "x-rewrite-url",
+];
 
 /// Whether it goes on; each is judged for itself.
 pub fn judge<B>(grant: &Grant, request: &Request<B>) -> Result<(), (StatusCode, &'static str)> {
@@ -60,7 +68,10 @@ pub fn judge<B>(grant: &Grant, request: &Request<B>) -> Result<(), (StatusCode, 
 /// Addresses it to the grant's host, without what is for this connection alone or could lead elsewhere.
 pub fn readdress(grant: &Grant, headers: &mut HeaderMap) -> Result<(), InvalidHeaderValue> {
     strip_hop_by_hop(headers);
-    for name in OVERRIDES {
+    // Some take an underscore for a hyphen.
+    let leads = |name: &&HeaderName| OVERRIDES.contains(&name.as_str().replace('_', "-").as_str());
+    let leading: Vec<HeaderName> = headers.keys().filter(leads).cloned().collect();
+    for name in leading {
         headers.remove(name);
     }
     let default = grant.ports().first().is_some_and(|(port, _)| *port == 443);

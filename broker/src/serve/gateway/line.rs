@@ -210,10 +210,11 @@ impl Line {
         self.channel.async_io(Interest::READABLE, || receive(&self.channel, RecvFlags::DONTWAIT)).await
     }
 
-    /// An answer that the core has given.
-    pub fn answer(&self, number: u64, answer: Answer) {
-        if let Some(told) = self.waiting.borrow_mut().remove(&number) {
-            let _ = told.send(answer);
+    /// An answer that the core has given. Where nobody waits for it any more, it is at its end.
+    pub fn answer(self: &Rc<Self>, number: u64, answer: Answer) {
+        let told = self.waiting.borrow_mut().remove(&number);
+        if told.is_some_and(|told| told.send(answer).is_err()) {
+            drop(Open { line: Rc::clone(self), number });
         }
     }
 

@@ -61,6 +61,15 @@ impl Mask {
         self.forms.is_empty()
     }
 
+    /// Whether the name of a header, which is in lower case, holds it, in whatever case that was sent.
+    pub fn is_in_name(&self, name: &str) -> bool {
+        let holds = |form: &Zeroizing<Vec<u8>>| {
+            let bytes = name.as_bytes();
+            bytes.windows(form.len()).any(|window| window.eq_ignore_ascii_case(form))
+        };
+        self.forms.iter().any(holds)
+    }
+
     /// The next piece, with what was held of the one before. Its end is held while it may be the beginning of a secret.
     pub fn piece(&mut self, piece: &[u8]) -> Vec<u8> {
         let mut bytes = std::mem::take(&mut *self.held);
