@@ -25,7 +25,13 @@ fn host(policy: &Policy) -> Host {
     };
     let read = policy.file().files.read.iter();
     let paths: BTreeMap<_, _> = read.filter_map(|path| Some((caller.expand(path)?, kind(path)))).collect();
-    Host { landlock_abi: 7, cgroups: Cgroups::V2 { controllers: Controller::ALL.into() }, caller, disks: Vec::new(), paths }
+    Host {
+        landlock_abi: 7,
+        cgroups: Cgroups::V2 { controllers: Controller::ALL.into() },
+        caller,
+        disks: Vec::new(),
+        paths,
+    }
 }
 
 fn wishes(workspace: Option<WorkspaceMode>) -> Wishes {
