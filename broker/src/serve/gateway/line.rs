@@ -156,12 +156,14 @@ pub struct Given {
 }
 
 type Answer = Result<Given, String>;
+/// What was given says of its end wherever it is dropped, also on its way to who has stopped waiting.
+type Guarded = Result<(Given, Open), String>;
 type Failure = Box<dyn std::error::Error>;
 
 /// The line to the core.
 pub struct Line {
     channel: UnixStream,
-    waiting: RefCell<BTreeMap<u64, oneshot::Sender<Answer>>>,
+    waiting: RefCell<BTreeMap<u64, oneshot::Sender<Guarded>>>,
     next: Cell<u64>,
 }
 
@@ -210,40 +212,38 @@ impl Line {
         self.channel.async_io(Interest::READABLE, || receive(&self.channel, RecvFlags::DONTWAIT)).await
     }
 
-    /// An answer that the core has given. Where nobody waits for it any more, it is at its end.
+    /// An answer that the core has given.
     pub fn answer(self: &Rc<Self>, number: u64, answer: Answer) {
         let told = self.waiting.borrow_mut().remove(&number);
-        if told.is_some_and(|told| told.send(answer).is_err()) {
-            drop(Open { line: Rc::clone(self), number });
-        }
+        let answer = answer.map(|given| (given, Open { line: Rc::clone(self), number }));
+        let _ = told.map(|told| told.send(answer));
     }
 
     async fn ask(
         &self,
         message: impl FnOnce(u64) -> FromGateway,
         descriptor: Option<&OwnedFd>,
-    ) -> Result<(u64, Given), Failure> {
+    ) -> Result<(Given, Open), Failure> {
         let (told, answer) = oneshot::channel();
         let number = self.next.get() + 1;
         self.next.set(number);
         self.waiting.borrow_mut().insert(number, told);
         self.say(&message(number), descriptor).await?;
-        Ok((number, answer.await??))
+        Ok(answer.await??)
     }
 
     /// Asks the core for a connection on `grant`.
-    pub async fn open(self: &Rc<Self>, grant: &GrantId, workload: &OwnedFd) -> Result<Opened, Failure> {
+    pub async fn open(&self, grant: &GrantId, workload: &OwnedFd) -> Result<Opened, Failure> {
         let open = |number| FromGateway::Open { number, grant: grant.clone() };
-        let (number, given) = self.ask(open, Some(workload)).await?;
+        let (given, guard) = self.ask(open, Some(workload)).await?;
         let stream = given.descriptors.into_iter().next().ok_or("the core gave no connection")?;
-        Ok(Opened { stream: StreamFd(stream), guard: Open { line: Rc::clone(self), number } })
+        Ok(Opened { stream: StreamFd(stream), guard })
     }
 
     /// Both ends of a connection on `grant`, the gateway's and the holder's.
-    pub async fn pair(self: &Rc<Self>, grant: &GrantId) -> Result<(OwnedFd, OwnedFd, Open), Failure> {
+    pub async fn pair(&self, grant: &GrantId) -> Result<(OwnedFd, OwnedFd, Open), Failure> {
         let pair = |number| FromGateway::Pair { number, grant: grant.clone() };
-        let (number, given) = self.ask(pair, None).await?;
-        let guard = Open { line: Rc::clone(self), number };
+        let (given, guard) = self.ask(pair, None).await?;
         let ends: [OwnedFd; 2] = given.descriptors.try_into().map_err(|_| "the core gave no two ends")?;
         let [near, far] = ends;
         Ok((near, far, guard))
@@ -252,7 +252,7 @@ impl Line {
     /// A door to a grant that is narrower than `grant`: its name, and the holder's end.
     pub async fn derive(&self, grant: &GrantId, by: Narrowing) -> Result<(GrantId, OwnedFd), Failure> {
         let derive = |number| FromGateway::Derive { number, grant: grant.clone(), by };
-        let (_, given) = self.ask(derive, None).await?;
+        let (given, _) = self.ask(derive, None).await?;
         let far = given.descriptors.into_iter().next().ok_or("the core gave no door")?;
         Ok((given.grant.ok_or("the core gave no name")?, far))
     }
