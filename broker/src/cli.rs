@@ -163,14 +163,6 @@ impl Connect {
     }
 }
 
-/// `GET,HEAD /repos/acme/**`
-fn rule(text: &str) -> Result<Rule, String> {
-    let (methods, path) =
-        text.split_once(' ').ok_or("methods, a blank and a path, as `GET,HEAD /repos/**`")?;
-    let rule = Rule { methods: methods.split(',').map(str::to_owned).collect(), path: path.to_owned() };
-    rule.fault().map_or(Ok(rule), Err)
-}
-
 /// `broker grant`
 #[derive(Debug, Subcommand)]
 pub enum GrantCommand {
@@ -187,7 +179,7 @@ pub enum GrantCommand {
         /// A grant of the configuration that is yours to use
         name: Name,
         /// Of what may be asked for, only this: `GET,HEAD /repos/acme/**`; repeatable
-        #[arg(long, value_name = "METHODS PATH", value_parser = rule)]
+        #[arg(long, value_name = "METHODS PATH")]
         allow: Vec<Rule>,
         /// How many connections may be made
         #[arg(long, value_name = "N")]

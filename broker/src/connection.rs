@@ -16,7 +16,7 @@ use crate::rights::{self, Received};
 use crate::wire::{Assembler, Breach, Reply};
 
 /// How long a peer may take to finish a message that it has begun, and to take one of ours.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(5);
 const PIECE_BYTES: usize = 8192;
 
 /// Why a connection ends.
@@ -101,18 +101,10 @@ impl Connection {
     /// Sends a reply that hands `descriptor` over, on its first byte. What was said before has been read by then: a peer that
     /// does not read has at most one descriptor of ours in flight.
     pub async fn hand_over<T: Serialize>(&self, parameters: T, descriptor: OwnedFd) -> Result<(), End> {
-        let read = async {
-            while sandbox::unread_by_peer(&self.stream).is_ok_and(|unread| unread > 0) {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-        };
-        timeout(PATIENCE, read).await.map_err(|_| End::Failed)?;
         let reply = Reply { parameters, continues: false, error: None };
         let mut bytes = serde_json::to_vec(&reply).map_err(|_| End::Failed)?;
         bytes.push(0);
-        let (socket, number) = (self.stream.as_raw_fd(), descriptor.as_raw_fd());
-        let send = || socket.send_fd_with_payload(number, &bytes);
-        match timeout(PATIENCE, self.stream.async_io(Interest::WRITABLE, send)).await {
+        match timeout(PATIENCE, hand_over(&self.stream, &bytes, &descriptor)).await {
             Ok(Ok(())) => Ok(()),
             _ => Err(End::Failed),
         }
@@ -145,6 +137,18 @@ impl Connection {
         }
         Ok(())
     }
+}
+
+/// Sends `bytes` with `descriptor` on their first byte, once what was said before has been read. The caller says how long that may take.
+///
+/// # Errors
+/// As sendmsg(2).
+pub async fn hand_over(to: &UnixStream, bytes: &[u8], descriptor: &OwnedFd) -> io::Result<()> {
+    while sandbox::unread_by_peer(to).is_ok_and(|unread| unread > 0) {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let (socket, number) = (to.as_raw_fd(), descriptor.as_raw_fd());
+    to.async_io(Interest::WRITABLE, || socket.send_fd_with_payload(number, bytes)).await
 }
 
 impl AsFd for Connection {

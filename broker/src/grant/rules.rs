@@ -19,6 +19,18 @@ pub struct Rule {
     pub path: String,
 }
 
+/// `GET,HEAD /repos/acme/**`
+impl std::str::FromStr for Rule {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Rule, String> {
+        let (methods, path) =
+            text.split_once(' ').ok_or("methods, a blank and a path, as `GET,HEAD /repos/**`")?;
+        let rule = Rule { methods: methods.split(',').map(str::to_owned).collect(), path: path.to_owned() };
+        rule.fault().map_or(Ok(rule), Err)
+    }
+}
+
 /// Why a request is not passed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {

@@ -281,15 +281,17 @@ impl Core {
         self.table().held.extend(held.map(|held| (held.sandbox.clone(), *held)));
     }
 
+    /// A name that nothing else has, and the time that is in it.
+    fn next_name(&self) -> (String, u64) {
+        let started_ms = now_ms();
+        let mut table = self.table();
+        table.started += 1;
+        (format!("{started_ms:x}-{}", table.started), started_ms)
+    }
+
     /// What `run` is called, and how it is listed.
     fn sandbox(&self, run: &Run, uid: u32, session: Option<String>) -> Sandbox {
-        let started_ms = now_ms();
-        let number = {
-            let mut table = self.table();
-            table.started += 1;
-            table.started
-        };
-        let id = format!("{started_ms:x}-{number}");
+        let (id, started_ms) = self.next_name();
         let command = run.command.iter().take(8).map(|word| bounded(word).to_owned()).collect();
         Sandbox { id, policy: run.policy.clone(), uid, session, command, started_ms }
     }

@@ -12,7 +12,7 @@ mod tls;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{IpAddr, UdpSocket as StdDatagrams};
+use std::net::{IpAddr, TcpStream as StdStream, UdpSocket as StdDatagrams};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::rc::Rc;
@@ -32,8 +32,8 @@ use super::vault::Provided;
 use crate::grant::{Grant, GrantId, Host, Kind, Narrowing, UpstreamTls};
 use crate::say::complain;
 use http::{Http, Keys};
+use line::{Failure, Given, Line, Opened};
 pub use line::{FromGateway, Granted, Place, ToGateway};
-use line::{Given, Line, Opened};
 
 /// Connections of one workload that are served at the same time; others wait.
 const CONNECTIONS_MAX: usize = 1024;
@@ -212,7 +212,6 @@ async fn serve(core: OwnedFd) -> io::Result<()> {
 
 type Names = BTreeMap<String, [IpAddr; 2]>;
 type Services = BTreeMap<GrantId, Service>;
-type Failure = Box<dyn std::error::Error>;
 
 /// What each grant takes; the authority's certificate, where TLS is spoken inside.
 fn services(granted: &[Granted], lines: Vec<OwnedFd>) -> Result<(Services, Option<String>), Failure> {
@@ -349,7 +348,7 @@ async fn attend(
     match service {
         Service::Tcp { id, .. } => {
             let Opened { stream: upstream, guard } = line.open(&id, &workload).await?;
-            let mut upstream = TcpStream::from_std(upstream.into())?;
+            let mut upstream = TcpStream::from_std(StdStream::from(upstream))?;
             // Either side may end it; the core counts what went through.
             let _ =
                 tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut upstream, COPY_BYTES, COPY_BYTES)

@@ -1,11 +1,13 @@
 //! The resolver: names of hosts to addresses, and nothing else. It reads what name servers say, and holds no secret; whether an address
 //! may be connected to, the core decides.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use hickory_resolver::config::{LookupIpStrategy, NameServerConfig, ResolveHosts, ResolverConfig};
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
@@ -24,6 +26,40 @@ use crate::say::complain;
 const ADDRESSES_MAX: usize = 16;
 /// As in resolv.conf(5).
 const SERVERS_MAX: usize = 3;
+
+/// Where the host says what it knows of names, and how much of each is read.
+const NAMES: [&str; 2] = ["/etc/resolv.conf", "/etc/hosts"];
+const NAMES_BYTES_MAX: u64 = 64 << 10;
+
+/// What the host knows of names, and since when: the launcher reads it, since the resolver has no file.
+#[derive(Default)]
+pub struct Names {
+    since: [Option<SystemTime>; 2],
+    servers: String,
+    hosts: String,
+}
+
+impl Names {
+    /// What stands there now, if that is something else.
+    pub fn changed(&self) -> Option<Names> {
+        let of = |path: &str| std::fs::metadata(path).and_then(|found| found.modified()).ok();
+        let since = NAMES.map(of);
+        if since == self.since {
+            return None;
+        }
+        let [servers, hosts] = NAMES.map(|path| {
+            let mut text = String::new();
+            let read = File::open(path).and_then(|file| file.take(NAMES_BYTES_MAX).read_to_string(&mut text));
+            read.map(|_| text).unwrap_or_default()
+        });
+        Some(Names { since, servers, hosts })
+    }
+
+    /// As the resolver is told of it.
+    pub fn told(&self) -> ToRole {
+        ToRole::Names { servers: self.servers.clone(), hosts: self.hosts.clone() }
+    }
+}
 
 type Known = Option<Rc<TokioResolver>>;
 

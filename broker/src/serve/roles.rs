@@ -10,7 +10,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
@@ -20,8 +20,9 @@ use serde::{Deserialize, Serialize};
 
 use super::config::Config;
 use super::inner::{ToCore, channel, receive, send};
+use super::resolver::{self, Names};
 use super::vault::{self, Vault};
-use super::{CORE_ID, gateway, resolver};
+use super::{CORE_ID, gateway};
 use crate::grant::{Host, Name, Source};
 use crate::say::complain;
 use zeroize::Zeroizing;
@@ -32,10 +33,6 @@ const RESTART_PAUSE: Duration = Duration::from_millis(200);
 /// Where distributions keep the host's authorities.
 const BUNDLES: [&str; 3] =
     ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
-
-/// Where the host says what it knows of names, and how much of each is read.
-const NAMES: [&str; 2] = ["/etc/resolv.conf", "/etc/hosts"];
-const NAMES_BYTES_MAX: u64 = 64 << 10;
 
 /// A part of the daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -219,31 +216,6 @@ pub struct Roles {
     names: Names,
 }
 
-/// What the host knows of names, and since when.
-#[derive(Default)]
-struct Names {
-    since: [Option<SystemTime>; 2],
-    servers: String,
-    hosts: String,
-}
-
-impl Names {
-    /// What stands there now, if that is something else.
-    fn changed(&self) -> Option<Names> {
-        let of = |path: &str| std::fs::metadata(path).and_then(|found| found.modified()).ok();
-        let since = NAMES.map(of);
-        if since == self.since {
-            return None;
-        }
-        let [servers, hosts] = NAMES.map(|path| {
-            let mut text = String::new();
-            let read = File::open(path).and_then(|file| file.take(NAMES_BYTES_MAX).read_to_string(&mut text));
-            read.map(|_| text).unwrap_or_default()
-        });
-        Some(Names { since, servers, hosts })
-    }
-}
-
 struct Running {
     role: Role,
     process: Child,
@@ -383,9 +355,8 @@ impl Running {
         }
     }
 
-    fn tell_names(&self, Names { servers, hosts, .. }: &Names) -> io::Result<()> {
-        let names = ToRole::Names { servers: servers.clone(), hosts: hosts.clone() };
-        send(&self.channel, &names, &[], SendFlags::DONTWAIT)
+    fn tell_names(&self, names: &Names) -> io::Result<()> {
+        send(&self.channel, &names.told(), &[], SendFlags::DONTWAIT)
     }
 
     fn introduce(&self, core: &OwnedFd) -> io::Result<()> {

@@ -15,7 +15,7 @@ use super::{Core, not_started};
 use crate::connection::{Connection, End};
 use crate::grant::{GrantId, Name, Narrowing};
 use crate::protocol::{Code, Denial, Derive, Derived, Sandbox};
-use crate::serve::audit::{bounded, now_ms};
+use crate::serve::audit::bounded;
 use crate::serve::gateway::ToGateway;
 use crate::serve::inner::channel;
 
@@ -30,9 +30,10 @@ impl Core {
                 socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
             Ok((near.try_clone()?, near, far))
         };
-        let made = || self.room_at_doors(gate).map_err(io::Error::other).and_then(|()| made());
-        let kept = made().map_err(|error| error.to_string()).and_then(|(copy, near, far)| {
-            gate.keep_near(number, grant, copy).map_err(str::to_owned).map(|()| [near, far])
+        let kept = self.room_at_doors(gate).map_err(str::to_owned).and_then(|()| {
+            let (copy, near, far) = made().map_err(|error| error.to_string())?;
+            gate.keep_near(number, grant, copy)?;
+            Ok([near, far])
         });
         let told = match kept {
             Ok(ends) => gate.tell(&ToGateway::Opened { number }, &ends).await,
@@ -48,23 +49,18 @@ impl Core {
 
     /// A narrower door, for whoever asked at one.
     pub(super) async fn derive_inside(&self, gate: &Arc<Gate>, number: u64, parent: GrantId, by: Narrowing) {
-        let made = match self.new_door(gate, &parent, &by).await {
+        match self.new_door(gate, &parent, &by).await {
             Ok((door, id, ends)) => {
-                let told = ToGateway::Door {
-                    number: door,
-                    grants: vec![id],
-                    derived: Some((parent, by)),
-                    answers: Some(number),
-                };
-                gate.tell(&told, &ends).await.map_err(|_| door)
+                let (grants, derived) = (vec![id], Some((parent, by)));
+                let told = ToGateway::Door { number: door, grants, derived, answers: Some(number) };
+                if gate.tell(&told, &ends).await.is_err() {
+                    gate.close_door(door);
+                }
             }
             Err(why) => {
                 self.refused(gate, &parent, &why).await;
-                gate.tell(&ToGateway::Refused { number, why }, &[]).await.map_err(|_| 0)
+                let _ = gate.tell(&ToGateway::Refused { number, why }, &[]).await;
             }
-        };
-        if let Err(door) = made {
-            gate.close_door(door);
         }
     }
 
@@ -145,14 +141,9 @@ impl Core {
 
     /// What a gate belongs to that is no sandbox's.
     fn holder(&self, asker: &Asker) -> Sandbox {
-        let started_ms = now_ms();
-        let number = {
-            let mut table = self.table();
-            table.started += 1;
-            table.started
-        };
+        let (name, started_ms) = self.next_name();
         Sandbox {
-            id: format!("held-{started_ms:x}-{number}"),
+            id: format!("held-{name}"),
             policy: String::new(),
             uid: asker.peer.uid,
             session: asker.session.clone(),

@@ -17,8 +17,8 @@ use crate::protocol::{Has, Sandbox};
 use crate::serve::gateway::{Granted, Place, ToGateway};
 use crate::serve::inner::send;
 
-/// How late the connections of a grant may be cut that has expired, or carried more than it may. Nothing new is made on it from that
-/// instant on.
+/// How late the connections of a grant may be cut that has expired, or carried more than it may. Nothing new is made on one that has
+/// expired from that instant on; how much was carried is known as late as this.
 const CUT_PAUSE: Duration = Duration::from_millis(200);
 /// Connections that are open at the same time, of one sandbox, of all of one uid's, and of all together: each takes two descriptors
 /// of the core's.
@@ -167,8 +167,7 @@ impl State {
         let mut limited: Vec<_> =
             grants.iter_mut().filter(|(_, account)| account.grant.bytes.is_some()).collect();
         for open in open.values_mut() {
-            let above = || limited.iter().any(|(id, _)| open.grant.is_within(id));
-            if !above() {
+            if !limited.iter().any(|(id, _)| open.grant.is_within(id)) {
                 continue;
             }
             let (sent, received) = open.bytes();
@@ -307,14 +306,16 @@ impl Gate {
         if let Some((_, near)) = state.near.remove(&number) {
             let _ = shutdown(&near, Shutdown::Both);
         }
-        let open = state.open.remove(&number)?;
-        let (sent, received) = open.bytes();
-        state.count(&open.grant, |account| {
-            account.bytes += sent + received;
-            account.seen = account.seen.saturating_sub(open.seen);
-        });
+        let open = state.open.remove(&number);
+        if let Some(open) = &open {
+            let (sent, received) = open.bytes();
+            state.count(&open.grant, |account| {
+                account.bytes += sent + received;
+                account.seen = account.seen.saturating_sub(open.seen);
+            });
+        }
         state.sweep(&self.roots());
-        Some(open)
+        open
     }
 
     /// One that is derived from `parent`, and its door, of which `near` is the gateway's end.

@@ -2,12 +2,10 @@
 //! sent in with a message: it is received without room for descriptors.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::time::Duration;
 
-use passfd::FdPassingExt;
-use rustix::net::RecvFlags;
+use rustix::net::{RecvFlags, SendFlags};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -16,18 +14,15 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::Gateway;
-use super::line::FromGateway;
+use super::line::{Failure, FromGateway};
+use crate::connection::{PATIENCE, hand_over};
 use crate::grant::{GrantId, Narrowing};
 use crate::protocol::GRANT_INTERFACE;
 use crate::serve::inner::packets;
 use crate::wire::{self, Call, Reply};
 
-/// How long whoever asked may take to read the answer.
-const PATIENCE: Duration = Duration::from_secs(5);
 /// The longest message.
 const MESSAGE_BYTES_MAX: usize = 16 << 10;
-
-type Failure = Box<dyn std::error::Error>;
 
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -85,21 +80,17 @@ async fn receive(socket: &UnixStream, message: &mut [u8]) -> io::Result<Option<u
     Ok((length > 0).then_some(length))
 }
 
-/// What was said before has been read by then: at most one descriptor is on its way to whoever does not read.
+/// At most one descriptor is on its way to whoever does not read.
 async fn send(socket: &UnixStream, reply: &Reply<Value>, descriptor: Option<&OwnedFd>) -> io::Result<()> {
-    while sandbox::unread_by_peer(socket).is_ok_and(|unread| unread > 0) {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
     let mut bytes = serde_json::to_vec(reply)?;
     bytes.push(0);
-    let number = socket.as_raw_fd();
-    let say = || match descriptor {
-        Some(far) => number.send_fd_with_payload(far.as_raw_fd(), &bytes),
-        None => rustix::net::send(socket, &bytes, rustix::net::SendFlags::NOSIGNAL)
-            .map(drop)
-            .map_err(io::Error::from),
-    };
-    socket.async_io(Interest::WRITABLE, say).await
+    match descriptor {
+        Some(far) => hand_over(socket, &bytes, far).await,
+        None => {
+            let say = || Ok(rustix::net::send(socket, &bytes, SendFlags::NOSIGNAL).map(drop)?);
+            socket.async_io(Interest::WRITABLE, say).await
+        }
+    }
 }
 
 async fn answer(

@@ -24,7 +24,7 @@ use tokio_rustls::TlsConnector;
 use zeroize::Zeroizing;
 
 use super::judge::{judge, readdress, strip_hop_by_hop};
-use super::line::{Line, Open};
+use super::line::{Failure, Line, Open};
 use super::mask::Mask;
 use crate::grant::{Grant, GrantId, UpstreamTls};
 
@@ -34,7 +34,6 @@ const HEAD_BYTES_MAX: usize = 64 << 10;
 pub const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
 
 type Body = BoxBody<Bytes, hyper::Error>;
-type Failure = Box<dyn std::error::Error>;
 
 /// A grant of this kind.
 pub struct Http {
@@ -172,7 +171,7 @@ impl Upstream {
     /// A connection to the upstream, made by the core, and TLS on it to whom the grant names.
     async fn open(&self) -> Result<SendRequest<Incoming>, Failure> {
         let opened = self.line.open(&self.http.id, &self.workload).await?;
-        let stream = TcpStream::from_std(opened.stream.into())?;
+        let stream = TcpStream::from_std(std::net::TcpStream::from(opened.stream))?;
         let client = self.http.keys.borrow().client.clone();
         let Some(config) = client else {
             debug_assert_eq!(self.http.grant.upstream_tls, UpstreamTls::Off);

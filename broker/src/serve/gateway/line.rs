@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, TcpStream as StdStream};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
@@ -158,7 +158,8 @@ pub struct Given {
 type Answer = Result<Given, String>;
 /// What was given says of its end wherever it is dropped, also on its way to who has stopped waiting.
 type Guarded = Result<(Given, Open), String>;
-type Failure = Box<dyn std::error::Error>;
+/// Why a connection is not served, in words.
+pub type Failure = Box<dyn std::error::Error>;
 
 /// The line to the core.
 pub struct Line {
@@ -169,17 +170,8 @@ pub struct Line {
 
 /// A connection to an upstream, until it is dropped.
 pub struct Opened {
-    pub stream: StreamFd,
+    pub stream: OwnedFd,
     pub guard: Open,
-}
-
-/// A descriptor that is a connection.
-pub struct StreamFd(OwnedFd);
-
-impl From<StreamFd> for StdStream {
-    fn from(stream: StreamFd) -> StdStream {
-        stream.0.into()
-    }
 }
 
 /// Tells the core of the end.
@@ -237,7 +229,7 @@ impl Line {
         let open = |number| FromGateway::Open { number, grant: grant.clone() };
         let (given, guard) = self.ask(open, Some(workload)).await?;
         let stream = given.descriptors.into_iter().next().ok_or("the core gave no connection")?;
-        Ok(Opened { stream: StreamFd(stream), guard })
+        Ok(Opened { stream, guard })
     }
 
     /// Both ends of a connection on `grant`, the gateway's and the holder's.
