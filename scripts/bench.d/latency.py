@@ -2,13 +2,11 @@
 sandbox; and what a gateway keeps in memory."""
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from __main__ import alternate, broker, find
-from daemon import Daemon
-from tcp import SERVER, serve_haproxy
+from __main__ import alternate
+from tcp import row, served
 
 TITLE, UNIT, RATIOS = "64 bytes there and back; the first of a sandbox, name and connection with it", "us", ["haproxy", "direct"]
 APT, CARGO = ["haproxy"], []
@@ -55,28 +53,13 @@ def gateway_memory(inside):
 
 
 def run():
-    server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
-    port = int(server.stdout.readline())
-    scratch = tempfile.TemporaryDirectory(prefix="broker-bench-")
-    proxy, proxied = serve_haproxy(Path(scratch.name), port)
-    daemon = Daemon(f'[grant.server]\nkind = "tcp"\nhost = "server.test"\nport = 7\nupstream = "127.0.0.1:{port}"\n')
-    time.sleep(0.5)
-    inside = [broker(), "exec", "--connect", daemon.socket, "--grant", "server", "--"]
-    memory = gateway_memory(inside)
-    rows = []
-    for kind, script in [("", ROUND_TRIPS), ("first, ", FIRST)]:
-        for name, words, ours, also in [
-            (f"{kind}grant", [*inside, "python3", "-c", script, "server.test", "7"], True, memory),
-            (f"{kind}haproxy", [sys.executable, "-c", script, "127.0.0.1", str(proxied)], False, "NOTHING: a port for everybody"),
-            (f"{kind}direct", [sys.executable, "-c", script, "127.0.0.1", str(port)], False, "NOTHING"),
-        ]:
-            rows.append({"name": name, "ours": ours, "version": "", "command": [str(words[0])], "also_enforces": also,
-                         "call": lambda words=words: sample(words)})
-    try:
+    with served() as (inside, proxied, port):
+        memory, rows = gateway_memory(inside), []
+        for kind, script in [("", ROUND_TRIPS), ("first, ", FIRST)]:
+            on_host = [sys.executable, "-c", script, "127.0.0.1"]
+            rows += [
+                row(f"{kind}grant", [*inside, "python3", "-c", script, "server.test", "7"], memory, sample),
+                row(f"{kind}haproxy", [*on_host, proxied], "NOTHING: a port for everybody", sample),
+                row(f"{kind}direct", [*on_host, port], "NOTHING", sample),
+            ]
         return alternate(rows, ROUNDS)
-    finally:
-        daemon.end()
-        for process in filter(None, [server, proxy]):
-            process.kill()
-            process.wait()
-        scratch.cleanup()

@@ -1,6 +1,7 @@
 """A granted TCP connection beside haproxy's TCP mode and none at all: bulk to the sandbox, and small requests one after the other."""
+import contextlib
 import os
-import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -70,38 +71,54 @@ def sample(words):
 
 def serve_haproxy(scratch, port):
     """haproxy in front of `port`, with one thread and splice, and where it listens; nothing where there is none."""
-    proxied = port + 1 if port < 65535 else port - 1
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        proxied = free.getsockname()[1]
     (scratch / "haproxy.cfg").write_text(
         "global\n  nbthread 1\ndefaults\n  mode tcp\n  option splice-auto\n  timeout client 60s\n  timeout server 60s\n  timeout connect 5s\n"
         f"frontend f\n  bind 127.0.0.1:{proxied}\n  default_backend b\nbackend b\n  server s 127.0.0.1:{port}\n")
     if not os.access(find("haproxy"), os.X_OK):
         return None, proxied
-    return subprocess.Popen([find("haproxy"), "-f", scratch / "haproxy.cfg"], stderr=subprocess.DEVNULL), proxied
+    proxy = subprocess.Popen([find("haproxy"), "-f", scratch / "haproxy.cfg"], stderr=subprocess.DEVNULL)
+    for attempt in range(50):
+        try:
+            socket.create_connection(("127.0.0.1", proxied)).close()
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.1)
+    return proxy, proxied
 
 
-def run():
+@contextlib.contextmanager
+def served():
+    """A server on the host: how a command reaches it from inside over a grant, and where it is for others, haproxy first."""
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
     port = int(server.stdout.readline())
-    scratch = Path(tempfile.mkdtemp(prefix="broker-bench-"))
-    proxy, proxied = serve_haproxy(scratch, port)
+    scratch = tempfile.TemporaryDirectory(prefix="broker-bench-")
+    proxy, proxied = serve_haproxy(Path(scratch.name), port)
     daemon = Daemon(f'[grant.server]\nkind = "tcp"\nhost = "server.test"\nport = 7\nupstream = "127.0.0.1:{port}"\n')
-    time.sleep(0.5)
-    rows = []
-    for kind, script in [("bulk", BULK), ("requests", REQUESTS)]:
-        inside = [broker(), "exec", "--connect", daemon.socket, "--grant", "server", "--", "python3", "-c", script, "server.test", "7"]
-        on_host = [sys.executable, "-c", script, "127.0.0.1"]
-        for name, words, ours, also in [
-            (f"{kind}, grant", inside, True, "cut on revocation, counted by the kernel"),
-            (f"{kind}, haproxy", [*on_host, str(proxied)], False, "NOTHING: a port for everybody"),
-            (f"{kind}, direct", [*on_host, str(port)], False, "NOTHING"),
-        ]:
-            rows.append({"name": name, "ours": ours, "version": "", "command": [str(word) for word in words[:1]], "also_enforces": also,
-                         "call": lambda words=words: sample(words)})
     try:
-        return alternate(rows, ROUNDS)
+        yield [broker(), "exec", "--connect", daemon.socket, "--grant", "server", "--"], str(proxied), str(port)
     finally:
         daemon.end()
         for process in filter(None, [server, proxy]):
             process.kill()
             process.wait()
-        shutil.rmtree(scratch)
+        scratch.cleanup()
+
+
+def row(name, words, also, sample):
+    return {"name": name, "ours": words[0] == broker(), "version": "", "command": [str(words[0])], "also_enforces": also,
+            "call": lambda: sample(words)}
+
+
+def run():
+    with served() as (inside, proxied, port):
+        rows = []
+        for kind, script in [("bulk", BULK), ("requests", REQUESTS)]:
+            on_host = [sys.executable, "-c", script, "127.0.0.1"]
+            rows += [
+                row(f"{kind}, grant", [*inside, "python3", "-c", script, "server.test", "7"], "cut on revocation, counted by the kernel", sample),
+                row(f"{kind}, haproxy", [*on_host, proxied], "NOTHING: a port for everybody", sample),
+                row(f"{kind}, direct", [*on_host, port], "NOTHING", sample),
+            ]
+        return alternate(rows, ROUNDS)
