@@ -59,7 +59,7 @@ impl Connection {
     /// The next message and its descriptors.
     pub async fn receive(&mut self) -> Result<(Vec<u8>, Vec<Foreign>), End> {
         loop {
-            if let Some(message) = self.assembler.next()? {
+            if let Some(message) = self.assembler.take_message()? {
                 return Ok(message);
             }
             if self.assembler.is_torn() {

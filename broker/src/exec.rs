@@ -6,12 +6,12 @@ use std::process::ExitCode;
 use sandbox::{Caller, Host, Job, LaunchError, Outcome, Plan, Policy, Report, Terminal, Wishes};
 
 use crate::cli::{EnvArgument, ExecArguments};
-use crate::client::{Client, ClientError};
 use crate::library::Policies;
 use crate::report_file::ReportFile;
 use crate::say::complain;
 use crate::serve::SOCKET;
 use crate::through_daemon;
+use crate::{Client, ClientError};
 
 /// What `broker exec` exits with when it could not do what was asked.
 const CANNOT: u8 = 125;

@@ -2,24 +2,21 @@
 
 mod changes;
 mod cli;
-mod client;
 mod connection;
 mod doctor;
 mod exec;
-mod grant;
 mod grants;
 mod library;
 mod operate;
 mod policy;
-mod protocol;
 mod report_file;
-mod rights;
 mod say;
 mod serve;
 mod through_daemon;
-mod wire;
 
 use std::process::ExitCode;
+
+use broker_client::{Client, ClientError, grant, protocol, rights, wire};
 
 use crate::say::complain;
 

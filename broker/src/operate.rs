@@ -5,9 +5,9 @@ use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
-use crate::client::{Client, ClientError};
 use crate::protocol::{Named, Sandbox, Sandboxes};
 use crate::say::{self, complain};
+use crate::{Client, ClientError};
 
 /// To the daemon that listens there.
 pub fn connect(socket: &Path) -> Result<Client, String> {

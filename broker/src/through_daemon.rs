@@ -13,10 +13,10 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use sandbox::{Stream, Wishes, WorkspaceMode};
 use serde_json::{Value, json};
 
-use crate::client::{Client, ClientError};
 use crate::grant::Name;
 use crate::protocol::{Directory, Execute, Executed, Limits, Mode, Ran, Run, Signal, Streams, Variable};
 use crate::say::complain;
+use crate::{Client, ClientError};
 
 /// Runs the command of `wishes` under the policy of that name, and returns the report.
 pub fn run(

@@ -48,7 +48,7 @@ pub use policy::{
     Policy, PolicyError, PolicyFile, PolicyName, Presets, Span, WordError, schema as policy_schema,
 };
 pub use report::{Denials, EndedBy, Enforcement, Outcome, Report, Usage};
-pub use role::{Reachable, Work, confine_role, confine_server};
+pub use role::{Reachable, Work, confine_client, confine_role, confine_server};
 pub use slot::SlotError;
 pub use streams::classify as classify_streams;
 pub use supervise::{Heard, PASSED_ON};

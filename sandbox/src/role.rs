@@ -137,6 +137,44 @@ pub fn confine_server(read: &Path, write: &Path) -> io::Result<()> {
     seccompiler::apply_filter(&filter).map_err(io::Error::other)
 }
 
+/// What a process that serves calls and a client of ours does not: it makes no socket, binds and connects none. Descriptors are
+/// handed to it.
+const CLIENT_CALLS_NOT: [libc::c_long; 4] =
+    [libc::SYS_accept4, libc::SYS_bind, libc::SYS_connect, libc::SYS_socket];
+
+/// What a client's store calls beyond that.
+#[cfg(target_arch = "x86_64")]
+const CLIENT_CALLS: [libc::c_long; 6] = [
+    libc::SYS_fallocate,
+    libc::SYS_getcwd,
+    libc::SYS_getrusage,
+    libc::SYS_lstat,
+    libc::SYS_sysinfo,
+    libc::SYS_unlink,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const CLIENT_CALLS: [libc::c_long; 4] =
+    [libc::SYS_fallocate, libc::SYS_getcwd, libc::SYS_getrusage, libc::SYS_sysinfo];
+
+/// Confines a client that has connected already, whoever it is: it writes below `write`, reads nothing else, executes nothing,
+/// sends no signal to what is not confined like it, cannot be traced by its user's other processes, and makes no connection: it
+/// uses those it was handed. From here on another call ends it. The caller has one thread.
+///
+/// # Errors
+/// As the call that failed; also where the path is not there. The process has to end then.
+pub fn confine_client(write: Option<&Path>) -> io::Result<()> {
+    let calls = [&CALLS[..], &SERVER_CALLS, &SERVER_CALLS_OLD, &CLIENT_CALLS].concat();
+    let calls: Vec<_> = calls.into_iter().filter(|call| !CLIENT_CALLS_NOT.contains(call)).collect();
+    let filter = seccomp::nothing_but(&calls, &[])?;
+    let abi = sys::landlock_abi().min(LANDLOCK_ABI_TESTED);
+    let rules = write.map(|path| (path.to_owned(), LandlockAccess::Write)).into_iter().collect();
+    setrlimit(Resource::RLIMIT_CORE, 1, 1)?;
+    nix::sys::prctl::set_dumpable(false)?;
+    nix::sys::prctl::set_no_new_privs()?;
+    confine::landlock_restrict(&LandlockPlan { abi, rules })?;
+    seccompiler::apply_filter(&filter).map_err(io::Error::other)
+}
+
 /// What a role does beside waiting and talking on the channels that it is given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Work {

@@ -16,6 +16,8 @@ mod holders;
 mod hostile;
 #[path = "daemon/interface.rs"]
 mod interface;
+#[path = "daemon/kept.rs"]
+mod kept;
 #[path = "daemon/lifetime.rs"]
 mod lifetime;
 #[path = "daemon/lives.rs"]

@@ -84,8 +84,8 @@ fn what_decides_does_not_act() {
         "sandbox/src/report.rs",
         "sandbox/src/seccomp/numbers.rs",
         "sandbox/src/seccomp/arguments.rs",
-        "broker/src/grant/derived.rs",
-        "broker/src/grant/rules.rs",
+        "broker/client/src/grant/derived.rs",
+        "broker/client/src/grant/rules.rs",
         "broker/src/serve/gateway/judge.rs",
     ];
     let acts = [

@@ -238,6 +238,7 @@ impl Core {
             (INTERFACE, "HandOver") => {
                 self.hand_over(connection, asker, parameters(&call)?, &descriptors).await
             }
+            (INTERFACE, "Handle") => self.new_handle(connection, asker, parameters(&call)?).await,
             (INTERFACE, "Narrow") => self.narrow(connection, asker, parameters(&call)?).await,
             (INTERFACE, "List") => self.list(connection, asker).await,
             (INTERFACE, "Inspect") => self.inspect(connection, asker, parameters(&call)?).await,

@@ -3,7 +3,7 @@
 
 #![no_main]
 
-#[path = "../../../broker/src/grant/mod.rs"]
+#[path = "../../../broker/client/src/grant/mod.rs"]
 #[allow(dead_code, unused_imports)]
 mod grant;
 mod readings;

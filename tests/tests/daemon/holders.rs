@@ -8,7 +8,7 @@ use super::lives::Peer;
 use super::*;
 
 /// A channel for `session` that `peer` mints, with the policies of that name.
-fn mint(peer: &Peer, session: &str, policies: &[&str]) -> Result<Peer, Value> {
+pub fn mint(peer: &Peer, session: &str, policies: &[&str]) -> Result<Peer, Value> {
     peer.send("Narrow", &json!({ "session": session, "policies": policies }), false, &[]);
     let (reply, mut descriptors) = peer.reply();
     if reply["error"].is_null() { Ok(Peer::from(descriptors.remove(0))) } else { Err(reply) }

@@ -136,6 +136,7 @@ fn the_service_describes_itself() {
                 "io.broker.Control" => &[
                     "Run",
                     "Provision",
+                    "Handle",
                     "Execute",
                     "HandOver",
                     "Narrow",

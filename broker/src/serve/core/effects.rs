@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
 use tokio::sync::watch;
+use tokio::time::{Duration, Instant};
 
 use super::askers::Principal;
 use crate::protocol::{Code, Denial, Running};
@@ -16,7 +17,11 @@ const EFFECTS_MAX: usize = 100_000;
 
 /// Those of one sandbox.
 #[derive(Default)]
-pub(super) struct Effects(Mutex<Table>);
+pub(super) struct Effects {
+    table: Mutex<Table>,
+    /// When the last one was asked for, or ended.
+    last: Mutex<Option<Instant>>,
+}
 
 /// By name and by number.
 #[derive(Default)]
@@ -54,7 +59,29 @@ impl Table {
 
 impl Effects {
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn touch(&self) -> Instant {
+        let now = Instant::now();
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+        now
+    }
+
+    /// Returns when none has been asked for or was under way for as long.
+    pub async fn idle_for(&self, span: Duration) {
+        let mut since = self.touch();
+        loop {
+            tokio::time::sleep_until(since + span).await;
+            let last = self.last.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or(since);
+            if !self.running().is_empty() {
+                since = self.touch();
+            } else if last > since {
+                since = last;
+            } else {
+                return;
+            }
+        }
     }
 
     /// What the record says of them.
@@ -78,6 +105,7 @@ impl Effects {
 
     /// The effect of that name.
     pub fn ask(&self, who: Principal, name: &str) -> Result<Asked, Denial> {
+        self.touch();
         let mut table = self.table();
         let key = (who, name.to_owned());
         if let Some(effect) = table.by_name.get(&key) {
@@ -106,6 +134,7 @@ impl Effects {
 
     /// Notes how one ended; its name, where that was not known.
     pub fn ended(&self, number: u32, outcome: &Value) -> Option<String> {
+        self.touch();
         let table = self.table();
         let key = table.names.get(&number)?;
         let before = table.by_name.get(key)?.outcome.send_replace(Some(outcome.clone()));

@@ -32,6 +32,10 @@ impl Holder {
         Holder { principal, next: Taking::Fresh }
     }
 
+    pub fn principal(&self) -> &Principal {
+        &self.principal
+    }
+
     /// What the record says of it. A hand-over counts when it is done: one that was only begun is begun again.
     pub fn follow(&mut self, event: &Value) {
         match event["kind"].as_str() {
@@ -80,7 +84,7 @@ impl Live {
         let random = rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty());
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         random == Ok(NONCE_BYTES)
-            && rustix::net::send(&self.handle, &nonce, flags) == Ok(NONCE_BYTES)
+            && rustix::net::send(&*self.handle(), &nonce, flags) == Ok(NONCE_BYTES)
             && rustix::net::recv(descriptor, &mut heard[..], RecvFlags::DONTWAIT)
                 .is_ok_and(|(length, _)| length == NONCE_BYTES)
             && heard == nonce
@@ -181,8 +185,17 @@ impl Core {
         if !self.audit.record(event("handed_over")).await {
             return Err(denied());
         }
+        self.belongs_to(&live.id, &principal);
         *holder = Holder::new(principal);
         Ok(holder.downgrade())
+    }
+
+    /// Whose it is listed as, and may be asked for by its name.
+    pub(super) fn belongs_to(&self, id: &str, principal: &Principal) {
+        if let Some(sandbox) = self.table().sandboxes.get_mut(id) {
+            sandbox.uid = principal.uid;
+            sandbox.session = principal.session.clone();
+        }
     }
 
     /// `HandOver`: how the next principal gets it.

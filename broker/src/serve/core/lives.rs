@@ -3,8 +3,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::net::{RecvFlags, SendFlags};
 use serde_json::{Value, json};
@@ -17,9 +17,12 @@ use super::decide::{all_named, all_pipes, is_lendable, may_use};
 use super::effects::{Asked, Effects};
 use super::grants::may_have;
 use super::holders::{Holder, Renewals};
+use super::operate::no_such;
 use super::{Core, hear_supervisor, not_started};
 use crate::connection::{Connection, End, Foreign};
-use crate::protocol::{Denial, Execute, Executed, Progress, Provision, Provisioned, Run, Sandbox, Streams};
+use crate::protocol::{
+    Code, Denial, Execute, Executed, Named, Progress, Provision, Provisioned, Run, Sandbox, Streams,
+};
 use crate::rights::name_of;
 use crate::serve::audit::{self, bounded};
 use crate::serve::inner::{FromSupervisor, Kind, ToLauncher, ToSupervisor, channel, packets, send};
@@ -30,7 +33,9 @@ pub struct Live {
     pub(super) id: String,
     channel: UnixStream,
     /// Our end of the handle; the others are the callers'.
-    pub(super) handle: UnixStream,
+    pub(super) handle: Mutex<Arc<UnixStream>>,
+    /// How long it lives on when nobody uses it, where it is kept.
+    keep: Option<Duration>,
     pub(super) effects: Effects,
     /// One who proves holding it at a time.
     pub(super) proof: Mutex<()>,
@@ -51,10 +56,33 @@ impl Live {
 
     /// Returns when the last copy of the handle is closed, or somebody writes into it, which nobody has to.
     async fn let_go(&self) {
+        let handle = self.handle();
         let read =
-            || rustix::net::recv(&self.handle, &mut [0; 1][..], RecvFlags::DONTWAIT).map_err(io::Error::from);
-        let _ = self.handle.async_io(Interest::READABLE, read).await;
+            || rustix::net::recv(&*handle, &mut [0; 1][..], RecvFlags::DONTWAIT).map_err(io::Error::from);
+        let _ = handle.async_io(Interest::READABLE, read).await;
     }
+
+    /// Returns when nobody wants it any more.
+    async fn unwanted(&self) {
+        match self.keep {
+            None => self.let_go().await,
+            Some(keep) => self.effects.idle_for(keep).await,
+        }
+    }
+
+    pub(super) fn handle(&self) -> Arc<UnixStream> {
+        Arc::clone(&self.handle.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The longest that a sandbox is kept for without being used.
+const KEEP_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+fn may_be_kept(keep: Option<Duration>) -> Result<(), Denial> {
+    if keep.is_none_or(|keep| keep <= KEEP_MAX) {
+        return Ok(());
+    }
+    Err(Denial::new(Code::NotNarrower, "a sandbox is kept for 24h without use at most"))
 }
 
 impl Core {
@@ -66,7 +94,8 @@ impl Core {
         wish: Provision,
         descriptors: Vec<Foreign>,
     ) -> Result<(), End> {
-        let Provision { policy, environment, path, workspace, limits, grants } = wish;
+        let Provision { policy, environment, path, workspace, limits, grants, keep } = wish;
+        let keep = keep.map(|keep| keep.duration());
         let named: Vec<usize> = workspace.iter().map(|workspace| workspace.descriptor).collect();
         // A sandbox that waits has no command; what stands here is never run.
         let command = vec!["(none)".to_owned()];
@@ -85,7 +114,8 @@ impl Core {
             .and_then(|()| all_named(&named, &descriptors))
             .and_then(|()| is_lendable(run.workspace.as_ref(), &descriptors))
             .and_then(|()| self.may_hold(&run, asker))
-            .and_then(|()| may_have(&run.grants, &asker.rights, &self.config));
+            .and_then(|()| may_have(&run.grants, &asker.rights, &self.config))
+            .and_then(|()| may_be_kept(keep));
         if let Err(denial) = allowed {
             return self.deny(connection, asker, "Provision", denial).await;
         }
@@ -101,6 +131,9 @@ impl Core {
         event["policy"] = run.policy.as_str().into();
         if !run.grants.is_empty() {
             event["grants"] = json!(run.grants);
+        }
+        if let Some(keep) = keep {
+            event["keep_ms"] = json!(keep.as_millis());
         }
         if !self.audit.record(event).await {
             self.table().sandboxes.remove(&id);
@@ -129,7 +162,7 @@ impl Core {
             }
         };
         let holder = Holder::new(asker.principal());
-        let live = Arc::new(Live::new(id.clone(), channel, handle, Effects::default(), holder));
+        let live = Arc::new(Live::new(id.clone(), channel, handle, Effects::default(), holder, keep));
         if !was_warm {
             let said = match self.hear_ear(&id, &live.channel).await {
                 Some(ended) => ended,
@@ -153,6 +186,33 @@ impl Core {
         connection.hand_over(Provisioned { sandbox: id, handle: 0 }, theirs).await
     }
 
+    /// `Handle`: a new one in the place of what handles a sandbox had.
+    pub(super) async fn new_handle(
+        &self,
+        connection: &Connection,
+        asker: &Asker,
+        Named { sandbox }: Named,
+    ) -> Result<(), End> {
+        let owned = self.live_owned(asker, &sandbox);
+        let Some(live) = owned.filter(|live| live.keep.is_some()) else {
+            return no_such(connection, &sandbox).await;
+        };
+        let mut event = asker.event("handle");
+        event["sandbox"] = sandbox.as_str().into();
+        if !self.audit.record(event).await {
+            return self.deny(connection, asker, "Handle", Denial::not_recorded()).await;
+        }
+        let (ours, theirs) = channel().map_err(|_| End::Failed)?;
+        let (name, ours) = (name_of(&theirs), packets(ours).map_err(|_| End::Failed)?);
+        {
+            let mut table = self.table();
+            table.lives.retain(|_, other| !Arc::ptr_eq(other, &live));
+            *live.handle.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(ours);
+            table.lives.insert(name, live);
+        }
+        connection.hand_over(Provisioned { sandbox, handle: 0 }, theirs).await
+    }
+
     /// Takes over a sandbox that an earlier core has made, with what the record knows of its commands.
     pub(super) fn adopt(
         self: &Arc<Self>,
@@ -163,29 +223,31 @@ impl Core {
     ) {
         let id = sandbox.id.clone();
         let first = Principal { uid: sandbox.uid, session: sandbox.session.clone() };
-        let (effects, mut holder) = (Effects::default(), Holder::new(first));
+        let (effects, mut holder, mut keep) = (Effects::default(), Holder::new(first), None);
         // The record was verified when this process began.
         let _ = audit::of_sandbox(&self.config.server.record(), &id, sandbox.started_ms, |event| {
             effects.follow(event);
             holder.follow(event);
+            keep = keep.or(event["keep_ms"].as_u64().map(Duration::from_millis));
         });
-        let live = Arc::new(Live::new(id, channel, handle, effects, holder));
+        self.belongs_to(&id, holder.principal());
+        let live = Arc::new(Live::new(id, channel, handle, effects, holder, keep));
         self.keep(name, Arc::clone(&live));
         tokio::spawn(async move { live.tell(&ToSupervisor::Again, &[]).await });
     }
 
     /// Notes how commands end, and ends the sandbox with the last copy of its handle.
     fn keep(self: &Arc<Self>, name: String, live: Arc<Live>) {
-        self.table().lives.insert(name.clone(), Arc::clone(&live));
+        self.table().lives.insert(name, Arc::clone(&live));
         let core = Arc::clone(self);
         tokio::spawn(async move {
             let mut held = true;
             let ended = loop {
                 let said = tokio::select! {
                     said = hear_supervisor(&live.channel) => said,
-                    () = live.let_go(), if held => {
+                    () = live.unwanted(), if held => {
                         held = false;
-                        core.table().lives.remove(&name);
+                        core.table().lives.retain(|_, other| !Arc::ptr_eq(other, &live));
                         let _ = core.tell(&ToLauncher::End { id: live.id.clone() }, &[]).await;
                         continue;
                     }
@@ -201,7 +263,7 @@ impl Core {
                     ended => break ended,
                 }
             };
-            core.table().lives.remove(&name);
+            core.table().lives.retain(|_, other| !Arc::ptr_eq(other, &live));
             live.effects.end();
             live.renewals.no_more();
             core.finish(&live.id, &ended).await;
@@ -326,11 +388,19 @@ impl Core {
 }
 
 impl Live {
-    fn new(id: String, channel: UnixStream, handle: UnixStream, effects: Effects, holder: Holder) -> Live {
+    fn new(
+        id: String,
+        channel: UnixStream,
+        handle: UnixStream,
+        effects: Effects,
+        holder: Holder,
+        keep: Option<Duration>,
+    ) -> Live {
         Live {
             id,
             channel,
-            handle,
+            handle: Mutex::new(Arc::new(handle)),
+            keep,
             effects,
             proof: Mutex::new(()),
             holder: RwLock::new(holder),

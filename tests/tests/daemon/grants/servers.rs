@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::super::*;
@@ -40,6 +41,8 @@ impl Drop for Server {
         let _ = self.0.wait();
     }
 }
+
+static MARKS: AtomicUsize = AtomicUsize::new(0);
 
 /// nginx with TLS, as `api.test`: it knows one bearer, whom it calls ada, and nobody else; everything it does is in its log.
 pub struct Nginx {
@@ -95,10 +98,18 @@ impl Nginx {
         self.folder.path().join("ca.pem")
     }
 
-    /// `user method path status` of each request.
+    /// `user method path status` of each request that was answered by now. nginx notes one after it has answered, and its
+    /// one process does one thing after the other: what it has answered before this request, it has noted by its answer.
     pub fn seen(&self) -> Vec<String> {
-        let log = fs::read_to_string(self.folder.path().join("seen")).expect("a log");
-        log.lines().map(|line| line.trim_end_matches([' ', '-']).to_owned()).collect()
+        let mark = format!("/mark-{}", MARKS.fetch_add(1, Ordering::Relaxed));
+        let asked = Command::new("curl")
+            .args(["-sSk", "-o", "/dev/null", &format!("https://127.0.0.1:{}{mark}", self.port)])
+            .status();
+        assert!(asked.expect("curl runs").success());
+        let log = || fs::read_to_string(self.folder.path().join("seen")).expect("a log");
+        assert!(within(Duration::from_secs(5), || log().contains(&mark)), "nginx notes what it does");
+        let own = |line: &&str| !line.contains(" /mark-");
+        log().lines().filter(own).map(|line| line.trim_end_matches([' ', '-']).to_owned()).collect()
     }
 }
 

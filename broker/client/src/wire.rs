@@ -102,7 +102,7 @@ impl<D> Assembler<D> {
     }
 
     /// The next whole message.
-    pub fn next(&mut self) -> Result<Option<Message<D>>, Breach> {
+    pub fn take_message(&mut self) -> Result<Option<Message<D>>, Breach> {
         let found = self.bytes[self.searched..].iter().position(|byte| *byte == 0);
         let Some(end) = found.map(|at| self.searched + at) else {
             self.searched = self.bytes.len();
@@ -155,7 +155,7 @@ mod tests {
             let mut messages = Vec::new();
             for piece in wire.chunks(cut) {
                 assembler.take(piece, Vec::new()).expect("no descriptor came");
-                while let Some((message, _)) = assembler.next().expect("short messages") {
+                while let Some((message, _)) = assembler.take_message().expect("short messages") {
                     messages.push(call(&message).expect("a call").method);
                 }
             }
@@ -169,13 +169,13 @@ mod tests {
         let mut assembler = Assembler::default();
         // Glued: the kernel reads up to and with the bytes that carry descriptors.
         assembler.take(b"{\"method\":\"a.B\"}\0{\"method\":\"c.D\"}\0", vec![7]).expect("one descriptor");
-        assert_eq!(assembler.next().expect("a message").expect("whole").1, Vec::<i32>::new());
-        assert_eq!(assembler.next().expect("a message").expect("whole").1, [7]);
+        assert_eq!(assembler.take_message().expect("a message").expect("whole").1, Vec::<i32>::new());
+        assert_eq!(assembler.take_message().expect("a message").expect("whole").1, [7]);
         // Cut after its first bytes.
         assembler.take(b"{\"meth", vec![8, 9]).expect("two descriptors");
-        assert_eq!(assembler.next(), Ok(None));
+        assert_eq!(assembler.take_message(), Ok(None));
         assembler.take(b"od\":\"e.F\"}\0", Vec::new()).expect("no descriptor");
-        assert_eq!(assembler.next().expect("a message").expect("whole").1, [8, 9]);
+        assert_eq!(assembler.take_message().expect("a message").expect("whole").1, [8, 9]);
     }
 
     #[test]
@@ -187,7 +187,7 @@ mod tests {
         assert_eq!(assembler.take(b"x", vec![0; 10]), Err(Breach::TooManyDescriptors));
         let mut assembler = Assembler::<u8>::default();
         assembler.take(&vec![b'x'; MESSAGE_BYTES_MAX + 1], Vec::new()).expect("only bytes");
-        assert_eq!(assembler.next(), Err(Breach::TooLong));
+        assert_eq!(assembler.take_message(), Err(Breach::TooLong));
     }
 
     #[test]

@@ -80,9 +80,12 @@ pub struct Provision {
     /// Grants of the configuration by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub grants: Vec<Name>,
+    /// It lives on without a handle until nobody has used it for as long.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep: Option<Span>,
 }
 
-/// A reply to `Provision`.
+/// A reply to `Provision` and `Handle`.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Provisioned {
     /// The sandbox's name.
