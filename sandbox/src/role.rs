@@ -144,17 +144,29 @@ const CLIENT_CALLS_NOT: [libc::c_long; 4] =
 
 /// What a client's store calls beyond that.
 #[cfg(target_arch = "x86_64")]
-const CLIENT_CALLS: [libc::c_long; 6] = [
+const CLIENT_CALLS: [libc::c_long; 10] = [
     libc::SYS_fallocate,
+    libc::SYS_fchmod,
+    libc::SYS_fchown,
     libc::SYS_getcwd,
     libc::SYS_getrusage,
     libc::SYS_lstat,
+    libc::SYS_pipe2,
     libc::SYS_sysinfo,
+    libc::SYS_uname,
     libc::SYS_unlink,
 ];
 #[cfg(not(target_arch = "x86_64"))]
-const CLIENT_CALLS: [libc::c_long; 4] =
-    [libc::SYS_fallocate, libc::SYS_getcwd, libc::SYS_getrusage, libc::SYS_sysinfo];
+const CLIENT_CALLS: [libc::c_long; 8] = [
+    libc::SYS_fallocate,
+    libc::SYS_fchmod,
+    libc::SYS_fchown,
+    libc::SYS_getcwd,
+    libc::SYS_getrusage,
+    libc::SYS_pipe2,
+    libc::SYS_sysinfo,
+    libc::SYS_uname,
+];
 
 /// Confines a client that has connected already, whoever it is: it writes below `write`, reads nothing else, executes nothing,
 /// sends no signal to what is not confined like it, cannot be traced by its user's other processes, and makes no connection: it

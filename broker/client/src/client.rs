@@ -16,6 +16,7 @@ use crate::rights;
 use crate::wire::{DESCRIPTORS_MAX, Reply};
 
 /// A connection to the daemon.
+#[derive(Debug)]
 pub struct Client {
     stream: BufReader<UnixStream>,
 }
@@ -78,13 +79,28 @@ impl Client {
         Ok(self.reply()?.0)
     }
 
+    /// On a connection that was handed over.
+    pub fn on(stream: UnixStream) -> Client {
+        Client { stream: BufReader::new(stream) }
+    }
+
     /// One call, one reply that hands one descriptor over.
     pub fn call_for_descriptor<T: DeserializeOwned>(
         &mut self,
         method: &str,
         parameters: &impl Serialize,
     ) -> Result<(T, OwnedFd), ClientError> {
-        self.send(method, parameters, false, &[])?;
+        self.call_with(method, parameters, &[])
+    }
+
+    /// The same, of a call that hands descriptors over too.
+    pub fn call_with<T: DeserializeOwned>(
+        &mut self,
+        method: &str,
+        parameters: &impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(T, OwnedFd), ClientError> {
+        self.send(method, parameters, false, descriptors)?;
         let mut begin = [0; 4096];
         // It rides on the first byte; the rest may come in pieces.
         let received = rights::receive(self.stream.get_ref(), &mut begin, RecvFlags::empty())?;
