@@ -1,15 +1,9 @@
-//! Sessions of agents that outlive every process: an append-only log ([`store`]), a pure reducer ([`state`], [`decide`]), and drivers
-//! that wake from the log ([`driver`]). Read [`driver::drive`] first.
+//! Sessions of agents that outlive every process: an append-only log ([`store`]) and drivers that wake from it ([`driver`]). What is
+//! decided, and what a log means, is in `harness-core`. Read [`driver::drive`] first.
 
-pub mod agent;
-pub mod context;
-pub mod decide;
+pub use harness_core::{agent, context, decide, event, message, sse, state, tools};
+
 pub mod driver;
-pub mod event;
 pub mod hands;
-pub mod message;
 pub mod model;
-pub mod sse;
-pub mod state;
 pub mod store;
-pub mod tools;

@@ -147,8 +147,10 @@ impl Conversation {
         }
         // The last block that may have one: what was said until here is worth keeping for the next request.
         let mark = |block: &mut Value| block["cache_control"] = json!({ "type": "ephemeral" });
-        let markable =
-            |block: &&mut Value| !block["type"].as_str().is_some_and(|kind| kind.contains("thinking"));
+        let markable = |block: &&mut Value| {
+            let is_thinking = block["type"].as_str().is_some_and(|kind| kind.contains("thinking"));
+            !is_thinking && block["text"] != "" && block["content"] != ""
+        };
         let last = messages.last_mut().and_then(|last| last["content"].as_array_mut());
         last.and_then(|content| content.iter_mut().rev().find(markable)).map(mark);
         let mut tools = tools::definitions(agent);

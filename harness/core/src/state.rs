@@ -113,6 +113,8 @@ pub struct Failed {
     pub attempt: u32,
     /// Whether what is done about it has been said.
     pub settled: bool,
+    /// Whether it was waited long enough.
+    pub waited: bool,
     /// What was wrong.
     pub failure: crate::event::Failure,
 }
@@ -253,7 +255,12 @@ impl Control {
                 self.context = block_tokens(&json!(compacted.summary));
                 self.unheard = true;
             }
-            Event::Running(_) => self.status = Status::Running,
+            Event::Running(_) => {
+                if let (Status::Rescheduled(_), Some(failed)) = (&self.status, &mut self.failed) {
+                    failed.waited = true;
+                }
+                self.status = Status::Running;
+            }
             Event::Idle(idle) => {
                 self.status = Status::Idle(idle.stop_reason.clone());
                 self.interrupted = false;
@@ -282,7 +289,12 @@ impl Control {
                 self.request = None;
                 self.add(&end.usage);
                 let attempt = request.attempt;
-                self.failed = end.failure.clone().map(|failure| Failed { attempt, settled: false, failure });
+                self.failed = end.failure.clone().map(|failure| Failed {
+                    attempt,
+                    settled: false,
+                    waited: false,
+                    failure,
+                });
                 // A turn that is only paused goes on, and a request that failed is still to be answered.
                 self.unheard |= self.failed.is_some() || end.stop_reason.as_deref() == Some("pause_turn");
                 if end.usage.tokens() > 0 && self.failed.is_none() {

@@ -297,7 +297,7 @@ impl Step {
         }
         match self.control.status {
             // Killed in the middle is nobody's overload: there is nothing to wait for.
-            _ if failed.failure.kind == ErrorKind::Interrupted => None,
+            _ if failed.waited || failed.failure.kind == ErrorKind::Interrupted => None,
             Status::Rescheduled(until_ms) if until_ms > self.now_ms => Some(None),
             Status::Rescheduled(_) => None,
             _ => {
