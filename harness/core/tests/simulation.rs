@@ -390,7 +390,9 @@ impl World {
         let mut epochs = 0;
         let (mut allowed, mut asked, mut begun, mut results) =
             (BTreeSet::new(), BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
+        let mut state = State::default();
         for (position, (epoch, logged)) in (0_u64..).zip(&self.log) {
+            state.apply(&logged.event, logged.at_ms).expect("a log that was written");
             assert!(*epoch == 0 || *epoch >= epochs, "a stale driver has appended");
             epochs = epochs.max(*epoch);
             match &logged.event {
@@ -430,10 +432,22 @@ impl World {
                     );
                     assert!(begun.insert(call.tool_use), "{} runs twice", call.tool_use);
                 }
+                Event::Idle(Idle { stop_reason: StopReason::EndTurn }) => {
+                    let control = &state.control;
+                    assert!(
+                        control.uses.is_empty() && control.request.is_none(),
+                        "it rests, and something is under way"
+                    );
+                }
                 Event::ToolResult(result) => *results.entry(result.tool_use).or_insert(0) += 1,
                 _ => {}
             }
         }
+        let (agent, _) = state.control.agent.as_ref().expect("it was made");
+        assert!(
+            agent.budget.tool_calls.is_none_or(|most| begun.len() as u64 <= most),
+            "more calls than it may"
+        );
         assert!(results.values().all(|count| *count == 1), "a call has two results");
         assert_eq!(self.calls, self.executed.len());
         let known = |id: &Position| matches!(self.log[*id as usize].1.event, Event::Call(_));
