@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::agent::Agent;
 use crate::decide::{Decision, Divergence, Effect, Input, Logged, Stale, decide, replay, under_way};
-use crate::event::{ErrorKind, Event, Failure, Position, Purpose};
+use crate::event::{ErrorKind, Event, Failure, Position};
 use crate::hands::{Broker, HandError, Said};
 use crate::model;
 use crate::state::{Hand, State, Status};
@@ -237,9 +237,7 @@ impl Driver<'_> {
             Effect::Request { id, purpose } => {
                 let body = self.state.conversation.request(&agent, purpose);
                 let watcher = Arc::clone(&self.terms.watcher);
-                let task = self
-                    .tasks
-                    .spawn_local(async move { Ok(request(broker, id, purpose, body, &watcher).await) });
+                let task = self.tasks.spawn_local(async move { request(broker, id, body, &watcher).await });
                 (id, task)
             }
             Effect::Provision { id } => (id, self.tasks.spawn_local(provision(broker, id, agent))),
@@ -329,21 +327,20 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 async fn request(
     broker: Arc<Broker>,
     request: Position,
-    _purpose: Purpose,
     body: Value,
     watcher: &Watcher,
-) -> Input {
-    let opened = blocking(move || broker.model())
-        .await
-        .unwrap_or_else(|| Err(std::io::Error::other("it was given up")));
-    let asked = match opened.and_then(|(stream, host)| {
-        stream.set_nonblocking(true)?;
-        Ok((tokio::net::UnixStream::from_std(stream)?, host))
-    }) {
-        Ok((stream, host)) => model::ask(stream, &host, &body, |words| watcher(Seen::Words(words))).await,
-        Err(error) => Err(model::no_connection(&error)),
+) -> Result<Input, HandError> {
+    let opened = blocking(move || broker.model()).await;
+    let asked = match opened.unwrap_or_else(|| Err(HandError::Refused("it was given up".to_owned()))) {
+        Ok((stream, host)) => {
+            stream.set_nonblocking(true)?;
+            let stream = tokio::net::UnixStream::from_std(stream)?;
+            model::ask(stream, &host, &body, |words| watcher(Seen::Words(words))).await
+        }
+        Err(HandError::Gone(why)) => return Err(HandError::Gone(why)),
+        Err(why) => Err(model::no_connection(&why)),
     };
-    match asked {
+    Ok(match asked {
         Ok(answer) => Input::Answered {
             request,
             blocks: answer.blocks,
@@ -351,7 +348,7 @@ async fn request(
             usage: answer.usage,
         },
         Err(failure) => Input::Failed { request, failure },
-    }
+    })
 }
 
 async fn provision(broker: Arc<Broker>, effect: Position, agent: Arc<Agent>) -> Result<Input, HandError> {

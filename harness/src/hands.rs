@@ -7,7 +7,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use broker_client::grant::{Name, Narrowing};
@@ -25,6 +24,9 @@ use crate::agent::Hands;
 
 /// What is read of a tool's answer, in bytes; the helper sends less.
 const ANSWER_BYTES_MAX: u64 = 4 << 20;
+/// The longest request of a tool's, in bytes: what a pipe of an ordinary user's holds (pipe(7)), and what it holds at first.
+const REQUEST_BYTES_MAX: usize = 1 << 20;
+const PIPE_BYTES: usize = 64 << 10;
 /// How long an answer may be on its way after the helper has ended.
 const DRAIN: Duration = Duration::from_secs(2);
 /// How often it is asked whether a call of an earlier driver's has ended.
@@ -89,8 +91,6 @@ pub struct Said {
 #[derive(Debug)]
 struct Held {
     door: Door,
-    /// Under which name the broker lists it.
-    name: String,
     /// The name of its host, which requests have to say.
     host: String,
 }
@@ -159,22 +159,22 @@ impl Broker {
     /// A private connection to the model's host, and that one's name.
     ///
     /// # Errors
-    /// `PermissionDenied` where the grant was revoked or does not allow it: asking again does not help.
-    pub fn model(&self) -> io::Result<(UnixStream, String)> {
+    /// `Gone`; `Refused` where the grant was revoked or does not allow it: asking again does not help.
+    pub fn model(&self) -> Result<(UnixStream, String), HandError> {
         let mut held = self.door.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Held { door, name, host }) = held.as_ref() {
+        if let Some(Held { door, host }) = held.as_ref() {
             match door.open(None) {
                 Ok(connection) => return Ok((connection, host.clone())),
-                // Its gateway was lost, not taken away: there is another.
-                Err(error) if error.kind() != io::ErrorKind::PermissionDenied && !self.is_revoked(name) => {}
-                Err(error) => return Err(io::Error::new(io::ErrorKind::PermissionDenied, error.to_string())),
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    return Err(HandError::Refused(error.to_string()));
+                }
+                // Its gateway was lost, or it was taken away: the broker knows whether there is another for us.
+                Err(_) => *held = None,
             }
         }
-        let Held { door, host, .. } = held.insert(self.new_door().map_err(|error| match error {
-            HandError::Refused(why) => io::Error::new(io::ErrorKind::PermissionDenied, why),
-            other => io::Error::other(other.to_string()),
-        })?);
-        Ok((door.open(None)?, host.clone()))
+        let Held { door, host } = held.insert(self.new_door()?);
+        let opened = door.open(None).map_err(|error| HandError::Refused(error.to_string()))?;
+        Ok((opened, host.clone()))
     }
 
     fn new_door(&self) -> Result<Held, HandError> {
@@ -184,13 +184,8 @@ impl Broker {
             let AllGrants { grants } = client.call("ListGrants", &json!({}))?;
             let own = grants.into_iter().find(|has| has.sandbox == name);
             let own = own.ok_or_else(|| HandError::Refused("the grant ended as it was given".to_owned()))?;
-            Ok(Held { door: door.into(), name, host: own.host })
+            Ok(Held { door: door.into(), host: own.host })
         })
-    }
-
-    fn is_revoked(&self, held: &str) -> bool {
-        let listed = self.on_channel(|client| Ok(client.call::<AllGrants>("ListGrants", &json!({}))?));
-        listed.is_ok_and(|all| all.grants.iter().any(|has| has.sandbox == held && has.revoked))
     }
 
     /// A sandbox, kept for as long as the session says. Its name.
@@ -328,6 +323,14 @@ fn run(
     input: &[u8],
 ) -> Result<Ran, HandError> {
     let [(stdin, into), (from, stdout), (errors, stderr)] = [pipe()?, pipe()?, pipe()?];
+    // All of it is in the pipe before anybody hears of the call: whoever is killed then has said all or nothing.
+    if input.len() > REQUEST_BYTES_MAX {
+        return Err(HandError::Refused(format!("a call has {REQUEST_BYTES_MAX} bytes at most")));
+    }
+    if input.len() > PIPE_BYTES {
+        rustix::pipe::fcntl_setpipe_size(&into, REQUEST_BYTES_MAX).map_err(io::Error::from)?;
+    }
+    File::from(into).write_all(input)?;
     let wish = Execute {
         handle: None,
         sandbox: Some(sandbox.to_owned()),
@@ -343,23 +346,15 @@ fn run(
     if !continues {
         return Ok(Ran::Earlier(first.outcome.filter(|_| first.state == Progress::Finished)));
     }
-    let written = write_all(into, input.to_vec());
     let output = read_all(from);
     drop(read_all(errors));
     let ended = client.reply::<Executed>()?.0;
-    drop(written);
     let outcome = ended.outcome.unwrap_or_default();
     Ok(Ran::Whole { outcome, output: drained(output) })
 }
 
 fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(pipe_with(PipeFlags::CLOEXEC)?)
-}
-
-fn write_all(into: OwnedFd, bytes: Vec<u8>) -> JoinHandle<()> {
-    std::thread::spawn(move || {
-        let _ = File::from(into).write_all(&bytes);
-    })
 }
 
 type Output = std::sync::mpsc::Receiver<Vec<u8>>;

@@ -13,6 +13,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use crate::event::{ErrorKind, Failure};
+use crate::hands::HandError;
 use crate::message::{Answer, Progress, Stream, broken, failure};
 use crate::sse::Parser;
 
@@ -113,9 +114,13 @@ fn silent() -> Failure {
     broken(&format!("nothing came for {} s", SILENCE.as_secs()))
 }
 
-/// There is no connection to be had: the grant is revoked or used up, or its host cannot be reached.
-pub fn no_connection(error: &std::io::Error) -> Failure {
-    let retry = error.kind() != std::io::ErrorKind::PermissionDenied;
+/// There is no connection to be had: the grant is revoked or used up.
+pub fn no_connection(why: &HandError) -> Failure {
     let kind = ErrorKind::CredentialHostUnreachable;
-    Failure { kind, message: format!("no connection to the model: {error}"), retry, retry_after_ms: None }
+    Failure {
+        kind,
+        message: format!("no connection to the model: {why}"),
+        retry: false,
+        retry_after_ms: None,
+    }
 }

@@ -44,7 +44,9 @@ fn has_unsafe(path: &Path) -> bool {
 
 #[test]
 fn unsafe_stands_in_two_files_of_the_product() {
-    let product = ["sandbox/src", "broker/src"].map(|folder| sources(&root().join(folder))).concat();
+    let product = ["sandbox/src", "broker/src", "broker/client/src", "harness/src", "harness/core/src"]
+        .map(|folder| sources(&root().join(folder)))
+        .concat();
     let found: Vec<String> =
         product.iter().filter(|path| has_unsafe(path)).map(|path| relative(path)).collect();
     assert_eq!(found, ["sandbox/src/sys/spawn.rs", "sandbox/src/sys.rs"]);
@@ -87,6 +89,14 @@ fn what_decides_does_not_act() {
         "broker/client/src/grant/derived.rs",
         "broker/client/src/grant/rules.rs",
         "broker/src/serve/gateway/judge.rs",
+        "harness/core/src/agent.rs",
+        "harness/core/src/context.rs",
+        "harness/core/src/decide.rs",
+        "harness/core/src/event.rs",
+        "harness/core/src/message.rs",
+        "harness/core/src/sse.rs",
+        "harness/core/src/state.rs",
+        "harness/core/src/tools.rs",
     ];
     let acts = [
         "std::fs",
@@ -117,6 +127,21 @@ fn the_sandbox_knows_no_broker() {
     for path in sources(&root().join("sandbox/src")) {
         let named = code(&path).iter().any(|line| line.contains("broker::"));
         assert!(!named, "{}", relative(&path));
+    }
+}
+
+/// The harness knows the broker by what is spoken with it, and nothing else of ours; what decides knows nothing at all.
+#[test]
+fn the_harness_knows_the_broker_s_client_alone() {
+    for (package, allowed) in
+        [("harness", ["broker-client", "harness-core"].as_slice()), ("harness/core", &[])]
+    {
+        let manifest = fs::read_to_string(root().join(package).join("Cargo.toml")).expect("the manifest");
+        let (_, dependencies) = manifest.split_once("[dependencies]").expect("dependencies");
+        for own in ["sandbox", "broker", "broker-client", "harness", "harness-core"] {
+            let named = dependencies.contains(&format!("\n{own}.workspace"));
+            assert_eq!(named, allowed.contains(&own), "{package} and {own}");
+        }
     }
 }
 

@@ -38,7 +38,7 @@ use super::roles::Role;
 use crate::connection::{Connection, End, Foreign};
 use crate::protocol::{Code, Denial, Held, INTERFACE, Run, Sandbox};
 use crate::wire::{self, Breach, Call};
-use askers::Asker;
+use askers::{Asker, Principal};
 use denials::Denials;
 use gate::Gate;
 use lives::Live;
@@ -80,6 +80,8 @@ struct Table {
     /// Uids among them that the configuration gives nothing.
     strangers: BTreeSet<u32>,
     denials: BTreeMap<u32, Denials>,
+    /// Grants that sessions held, and may not ask for again.
+    revoked: BTreeSet<(Principal, String)>,
     started: u64,
 }
 

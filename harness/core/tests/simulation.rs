@@ -416,13 +416,13 @@ impl World {
                 {
                     allowed.insert(answer.tool_use);
                 }
+                // The first answer counts.
                 Event::Confirmation(answer)
-                    if !begun.contains(&answer.tool_use) && answer.result == Verdict::Deny =>
+                    if answer.result == Verdict::Deny
+                        && !begun.contains(&answer.tool_use)
+                        && !allowed.contains(&answer.tool_use) =>
                 {
-                    // The first answer counts.
-                    if asked.contains(&answer.tool_use) && !allowed.contains(&answer.tool_use) {
-                        asked.remove(&answer.tool_use);
-                    }
+                    asked.remove(&answer.tool_use);
                 }
                 Event::Call(call) => {
                     assert!(

@@ -25,6 +25,11 @@ impl GrantId {
         GrantId(format!("{}/{number}", self.0))
     }
 
+    /// The grant of the configuration that it was derived from.
+    pub fn root(&self) -> &str {
+        self.0.split('/').next().unwrap_or_default()
+    }
+
     /// Whether it is of the configuration itself.
     pub fn is_root(&self) -> bool {
         !self.0.contains('/')

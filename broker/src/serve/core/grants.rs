@@ -14,7 +14,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::askers::Asker;
+use super::askers::{Asker, Principal};
 use super::gate::{Door, Gate, NEAR_ALL_MAX, NEAR_OF_UID_MAX, OPEN_ALL_MAX, OPEN_OF_UID_MAX, Open};
 use super::{Core, not_started};
 use crate::connection::{Connection, End};
@@ -25,6 +25,8 @@ use crate::serve::config::{Config, Rights, Verb};
 use crate::serve::gateway::{FromGateway, Granted, Place, ToGateway};
 use crate::serve::inner::{DESCRIPTORS_MAX, FromSupervisor, Listen, ToLauncher, channel, packets, receive};
 
+/// So many revocations of sessions are remembered.
+const REVOKED_MAX: usize = 100_000;
 /// How long an upstream may take to take a connection.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
 /// Grants of one sandbox: the lines to the vault of all of them are one packet's descriptors.
@@ -206,8 +208,12 @@ impl Core {
                 FromGateway::Ready { .. } | FromGateway::Unfit { .. } => {}
             }
         }
-        // Without its gateway nothing of a sandbox's goes on, and what comes is refused.
-        self.cut_all(&gate).await;
+        // Without its gateway nothing of a sandbox's goes on, and what comes is refused; what is held elsewhere can be asked for anew.
+        if self.table().sandboxes.contains_key(&gate.id) {
+            self.cut_all(&gate).await;
+        } else {
+            self.close_gate(&gate.id).await;
+        }
     }
 
     async fn cut_all(&self, gate: &Gate) {
@@ -367,6 +373,26 @@ impl Core {
         connection.reply(AllGrants { grants }, false).await
     }
 
+    /// A session that held what was revoked gets it no more, as long as this core lives: another door would undo it.
+    fn not_again(&self, gates: &[Arc<Gate>], grant: &GrantId) {
+        let mut table = self.table();
+        for gate in gates.iter().filter(|gate| gate.of.session.is_some()) {
+            let principal = Principal { uid: gate.of.uid, session: gate.of.session.clone() };
+            if table.revoked.len() < REVOKED_MAX {
+                table.revoked.insert((principal, grant.root().to_owned()));
+            }
+        }
+    }
+
+    /// Whether it was revoked from the asker's session before.
+    pub(super) fn was_revoked(&self, asker: &Asker, grant: &Name) -> Result<(), Denial> {
+        if !self.table().revoked.contains(&(asker.principal(), grant.as_str().to_owned())) {
+            return Ok(());
+        }
+        let message = format!("grant {grant} was revoked from this session");
+        Err(Denial::new(Code::GrantNotGranted, message))
+    }
+
     /// `Revoke`: cut first, recorded then. It only takes away.
     pub(super) async fn revoke(
         &self,
@@ -379,6 +405,7 @@ impl Core {
         };
         let gates: Vec<_> = self.gates(asker, Verb::Revoke).into_iter().filter(wanted).collect();
         let connections = gates.iter().map(|gate| gate.cut(&grant)).sum();
+        self.not_again(&gates, &grant);
         for gate in &gates {
             let mut event = asker.event("revoke");
             event["sandbox"] = gate.id.as_str().into();

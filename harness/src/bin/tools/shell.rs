@@ -96,6 +96,10 @@ pub fn bash(name: &str, input: &Value) -> Answer {
     }
     let command = input["command"].as_str().ok_or("`command` is a text")?;
     let call = Call::named(name).map_err(io)?;
+    // Whatever stands in their places was planted.
+    for planted in [&call.script, &call.output, &call.status] {
+        let _ = fs::remove_file(planted);
+    }
     replace(&call.script, format!("{command}\n").as_bytes(), 0o600).map_err(io)?;
     if input["background"].as_bool().unwrap_or_default() {
         background(&call).map_err(io)?;
@@ -153,8 +157,10 @@ fn fifo() -> PathBuf {
     Path::new(super::PLACE).join("shell.in")
 }
 
-/// The shell, where there is one: its process group.
+/// The shell, where there is one: its process group. A number alone says nothing, since others may have it after a hand-over: somebody has
+/// to read orders too.
 fn running() -> Option<Pid> {
+    open_fifo().ok()?;
     let mut text = String::new();
     open_regular(&pid_file()).ok()?.take(32).read_to_string(&mut text).ok()?;
     // Never 0 or 1: those would be our own group, and everything.
@@ -184,10 +190,20 @@ fn begin() -> std::io::Result<Pid> {
     Ok(pid)
 }
 
-/// Writes into the FIFO, which may be full or not be one.
-fn tell(order: &str, until: Instant) -> std::io::Result<()> {
+/// To write; there is an error where nobody reads (fifo(7)).
+fn open_fifo() -> std::io::Result<File> {
+    use std::os::unix::fs::FileTypeExt;
     let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_CLOEXEC;
-    let mut fifo = fs::OpenOptions::new().write(true).custom_flags(flags).open(fifo())?;
+    let file = fs::OpenOptions::new().write(true).custom_flags(flags).open(fifo())?;
+    if file.metadata()?.file_type().is_fifo() {
+        return Ok(file);
+    }
+    Err(std::io::ErrorKind::InvalidInput.into())
+}
+
+/// Writes into the FIFO, which may be full.
+fn tell(order: &str, until: Instant) -> std::io::Result<()> {
+    let mut fifo = open_fifo()?;
     loop {
         match fifo.write(order.as_bytes()) {
             Ok(count) if count == order.len() => return Ok(()),

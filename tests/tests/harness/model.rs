@@ -1,0 +1,164 @@
+//! A Messages server that is not ours, and how it fails: 429 with a wish, 529, a stream that is cut, no key, an error in JSON.
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::scene::{Lines, SCRIPT, Scene, said};
+
+/// A server in front that answers so, as often as its log says that it was not asked before.
+fn refusing(status: &str, header: &str, kind: &str) -> String {
+    // nginx lets the second request of a minute through where the first was let go: `limit_req` is the real thing for 429.
+    format!(
+        "error_page 460 = @refused; location @refused {{ default_type application/json; {header} \
+         return {status} '{{\"type\":\"error\",\"error\":{{\"type\":\"{kind}\",\"message\":\"try later\"}}}}'; }}\n\
+         if (-f $document_root/refuse) {{ return 460; }}\n"
+    )
+}
+
+fn scene(more: &str) -> Scene {
+    let root = tempfile::tempdir().expect("a directory").keep();
+    super::scene::set_mode(&root, 0o755);
+    let mut scene = Scene::with(SCRIPT, &format!("root {};\n{more}", root.display()));
+    scene.keeps(root);
+    scene
+}
+
+fn errors(events: &[Value]) -> Vec<(String, String)> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let said = |event: &Value| (text(&event["error"]["type"]), text(&event["error"]["retry_status"]));
+    events.iter().filter(|event| event["type"] == "session.error").map(said).collect()
+}
+
+/// Refused once, and served then: the session waits, as long as the server wishes, and goes on.
+fn refused_then_served(status: &str, header: &str, kind: &str, told: &str) -> Duration {
+    let scene = scene(&refusing(status, header, kind));
+    scene.refuse(true);
+    let mut child = scene.run("one", &[]).spawn().expect("it starts");
+    let mut lines = Lines::of(&mut child);
+    let waits = lines.until(|event| event["type"] == "session.status_rescheduled").expect("it waits");
+    let began = Instant::now();
+    scene.refuse(false);
+    lines.until(|event| event["type"] == "span.model_request_start").expect("it tries again");
+    let waited = began.elapsed();
+    while lines.event().is_some() {}
+    let ended = child.wait_with_output().expect("it ends");
+    assert!(ended.status.success(), "{waits}: {}", said(&ended));
+    assert_eq!(errors(&scene.events("one")), [(told.to_owned(), "retrying".to_owned())]);
+    assert!(scene.seen().iter().any(|line| line.ends_with(&format!(" {status}"))), "{:?}", scene.seen());
+    waited
+}
+
+#[test]
+fn too_many_requests_are_waited_for_as_long_as_the_server_wishes() {
+    let waited = refused_then_served(
+        "429",
+        "add_header Retry-After 2 always;",
+        "rate_limit_error",
+        "model_rate_limited_error",
+    );
+    assert!(waited > Duration::from_millis(1800), "{waited:?}");
+}
+
+#[test]
+fn an_overloaded_model_is_asked_again() {
+    refused_then_served("529", "", "overloaded_error", "model_overloaded_error");
+}
+
+#[test]
+fn what_is_no_use_to_ask_again_is_said_and_ends_the_turn() {
+    let scene = scene(&refusing("400", "", "invalid_request_error"));
+    scene.refuse(true);
+    let ended = scene.run("one", &[]).output().expect("it runs");
+    assert_eq!(ended.status.code(), Some(1), "{}", said(&ended));
+    let events = scene.events("one");
+    assert_eq!(errors(&events), [("model_request_failed_error".to_owned(), "terminal".to_owned())]);
+    assert_eq!(events.last().expect("events")["stop_reason"]["type"], "retries_exhausted");
+    // Somebody has mended it, and says so.
+    scene.refuse(false);
+    assert!(scene.harness(&["send", "one", "please go on"]).status().expect("it runs").success());
+    let woken = scene.wake("one");
+    assert!(woken.status.success(), "{}", said(&woken));
+    assert_eq!(scene.events("one").last().expect("events")["stop_reason"]["type"], "end_turn");
+}
+
+#[test]
+fn the_model_is_asked_so_often_and_not_for_ever() {
+    let scene = scene(&refusing("529", "", "overloaded_error"));
+    scene.refuse(true);
+    let ended = scene.run("one", &["--attempts", "3"]).output().expect("it runs");
+    assert_eq!(ended.status.code(), Some(1), "{}", said(&ended));
+    let told: Vec<String> = errors(&scene.events("one")).into_iter().map(|(_, retry)| retry).collect();
+    assert_eq!(told, ["retrying", "retrying", "exhausted"]);
+    assert_eq!(scene.seen().len(), 3);
+}
+
+/// The server is killed while it streams: nothing of half an answer is taken, and the next one is whole.
+#[test]
+fn a_stream_that_is_cut_is_no_answer() {
+    let long = format!(
+        "rules:\n  - name: long\n    when: {{messages_contain: mend}}\n    respond: {{content: \"{}\"}}\n",
+        "word ".repeat(300)
+    );
+    let mut scene = Scene::new(&long);
+    let mut command = scene.run("one", &["--output", "text"]);
+    let mut child = command.spawn().expect("it starts");
+    let mut out = child.stdout.take().expect("a pipe");
+    let mut piece = [0; 64];
+    let mut heard = String::new();
+    while !heard.contains("word word word") {
+        let count = std::io::Read::read(&mut out, &mut piece).expect("it reads");
+        assert_ne!(count, 0, "{heard}");
+        heard += &String::from_utf8_lossy(&piece[..count]);
+    }
+    scene.kill_fake();
+    scene.restart_fake();
+    let mut rest = String::new();
+    std::io::Read::read_to_string(&mut out, &mut rest).expect("text");
+    let ended = child.wait().expect("it ends");
+    assert!(ended.success(), "{rest}");
+    let events = scene.events("one");
+    assert!(
+        errors(&events).iter().all(|(_, retry)| retry == "retrying") && !errors(&events).is_empty(),
+        "{events:#?}"
+    );
+    let words: Vec<&Value> = events.iter().filter(|event| event["type"] == "agent.message").collect();
+    assert_eq!(words.len(), 1, "{words:#?}");
+    assert_eq!(words[0]["block"]["text"], "word ".repeat(300));
+}
+
+/// A budget of calls ends the turn, and says so.
+#[test]
+fn a_budget_is_a_stop() {
+    let scene = Scene::new(SCRIPT);
+    let ended = scene.run("one", &["--budget-calls", "1"]).output().expect("it runs");
+    assert_eq!(ended.status.code(), Some(1), "{}", said(&ended));
+    let events = scene.events("one");
+    assert_eq!(events.last().expect("events")["stop_reason"]["type"], "budget_reached");
+    assert_eq!(events.iter().filter(|event| event["type"] == "hand.call").count(), 1);
+}
+
+/// What goes over is what the API's own client would send: the version, the key from the broker alone, and its stream.
+#[test]
+fn what_was_said_is_summed_up_where_it_is_too_long() {
+    let rules = r#"
+rules:
+  - name: sum
+    when: {messages_contain: "Sum up this conversation"}
+    respond: {content: "SUMMARY: it was asked to mend."}
+  - name: after
+    when: {messages_contain: "your own summary"}
+    respond: {content: "I go on from my summary."}
+  - name: first
+    when: {messages_contain: "mend"}
+    respond: {content: "Look.", tool_calls: [{name: bash, arguments: {command: "seq 20000"}}]}
+"#;
+    let scene = Scene::new(rules);
+    let ended = scene.run("one", &["--context-tokens", "4000"]).output().expect("it runs");
+    assert!(ended.status.success(), "{}", said(&ended));
+    let compacted = scene.of_type("one", "agent.thread_context_compacted");
+    assert_eq!(compacted.len(), 1, "{:#?}", scene.events("one"));
+    assert_eq!(compacted[0]["summary"], "SUMMARY: it was asked to mend.");
+    let words = scene.of_type("one", "agent.message");
+    assert_eq!(words.last().expect("words")["block"]["text"], "I go on from my summary.");
+}
