@@ -3,6 +3,8 @@
 
 #[path = "harness/crashes.rs"]
 mod crashes;
+#[path = "harness/hosts.rs"]
+mod hosts;
 #[path = "harness/model.rs"]
 mod model;
 #[path = "harness/people.rs"]

@@ -64,6 +64,8 @@ impl Postgres {
     pub async fn open(connector: Connector, user: &str, database: &str) -> Result<Postgres, StoreError> {
         let mut config = Config::new();
         config.user(user).dbname(database).application_name("harness");
+        // Who is cut off in the middle of a transaction does not hold up who takes over.
+        config.options("-c idle_in_transaction_session_timeout=2000 -c lock_timeout=5000");
         let store =
             Postgres { connector, config, client: Arc::default(), changes: Arc::new(watch::channel(0).0) };
         store

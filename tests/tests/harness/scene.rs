@@ -389,17 +389,31 @@ impl Server {
     }
 }
 
-fn start_fake(place: &Path, port: u16) -> Process {
-    // scripts/test installs it.
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("the workspace")
-        .join("target/fakellm/bin/fakellm");
-    assert!(folder.exists(), "{} is not installed: run scripts/test", folder.display());
-    let mut command = Command::new(folder);
+/// The Messages server that scripts/test installs.
+fn fake(place: &Path, port: u16, wrapper: &[&str]) -> Command {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+    let program = root.join("target/fakellm/bin/fakellm");
+    assert!(program.exists(), "{} is not installed: run scripts/test", program.display());
+    let mut command = match wrapper {
+        [] => Command::new(program),
+        [first, more @ ..] => {
+            let mut command = Command::new(first);
+            command.args(more).arg(program);
+            command
+        }
+    };
     command.args(["serve", "--port", &port.to_string(), "--config"]).arg(place.join("rules.yaml"));
-    command.stdout(Stdio::null()).stderr(Stdio::null()).current_dir(place);
-    Process::serving(&mut command, port)
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).current_dir(place);
+    command
+}
+
+fn start_fake(place: &Path, port: u16) -> Process {
+    Process::serving(&mut fake(place, port, &[]), port)
+}
+
+/// In another network: it is asked for when it is needed.
+pub fn start_fake_in(place: &Path, port: u16, wrapper: &[&str]) -> Process {
+    Process(fake(place, port, wrapper).spawn().expect("it starts"))
 }
 
 pub fn set_mode(path: &Path, mode: u32) {
