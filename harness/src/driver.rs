@@ -2,8 +2,11 @@
 //! only loop. A driver keeps nothing that the log does not say: it can be killed anywhere, and the next one goes on.
 
 use std::collections::BTreeMap;
+use std::future::poll_fn;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -297,21 +300,35 @@ pub fn effect_name(id: Position) -> String {
 /// # Errors
 /// `Store`, `Diverged`.
 pub async fn follow(store: &Store, session: &str) -> Result<State, DriveError> {
-    let mut state = State::default();
+    let (mut state, mut from) = (State::default(), 0);
+    let mut records = store.read(session, from, u64::MAX).await?;
     loop {
-        let from = state.control.next;
-        let mut records = store.read(session, from, u64::MAX).await?;
         let is_last = (records.len() as u64) < SLICE_MAX;
         if !is_last {
             // A batch is followed whole.
             let cut = records.last().map(|last| last.batch).unwrap_or_default();
             records.retain(|record| record.batch != cut);
         }
+        from += records.len() as u64;
+        // The store reads on while this slice is followed: it is asked by the first poll.
+        let mut ahead = pin!(store.read(session, from, u64::MAX));
+        let mut first_poll = async || {
+            poll_fn(|context| match ahead.as_mut().poll(context) {
+                Poll::Ready(done) => Poll::Ready(Some(done)),
+                Poll::Pending => Poll::Ready(None),
+            })
+            .await
+        };
+        let early = if is_last { None } else { first_poll().await };
         let logged = records.iter().map(|record| record.logged(session)).collect::<Result<Vec<_>, _>>()?;
         replay(&mut state, &logged).map_err(DriveError::Diverged)?;
         if is_last {
             return Ok(state);
         }
+        records = match early {
+            Some(done) => done?,
+            None => ahead.await?,
+        };
     }
 }
 

@@ -23,7 +23,7 @@ pub type Hash = [u8; 32];
 /// The longest event, in bytes.
 pub const EVENT_BYTES_MAX: usize = 32 << 20;
 /// The most events that one reading of a slice returns.
-pub const SLICE_MAX: u64 = 10_000;
+pub const SLICE_MAX: u64 = 2_000;
 
 /// One event as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
