@@ -27,3 +27,9 @@ root() { [ "$(id -u)" = 0 ] || die "run as root: sandboxes need it until another
 
 # The newest build of a program of the workspace.
 built() { { ls -t "${CARGO_TARGET_DIR:-$PWD/target}"/*/release/"$1" "${CARGO_TARGET_DIR:-$PWD/target}"/release/"$1" 2>/dev/null || true; } | head -1; }
+
+# A Messages server that is not ours, in target/fakellm, and other packages of PyPI's beside it.
+messages_server() {
+    [ -x target/fakellm/bin/pip ] || python3 -m venv target/fakellm
+    target/fakellm/bin/pip install --quiet --disable-pip-version-check fakellm==0.3.5 "$@"
+}

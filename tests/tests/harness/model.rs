@@ -162,3 +162,41 @@ rules:
     let words = scene.of_type("one", "agent.message");
     assert_eq!(words.last().expect("words")["block"]["text"], "I go on from my summary.");
 }
+
+/// Each request that the server got is one that the API's own package could have sent: by the types that it is made of.
+#[test]
+fn requests_are_what_the_api_s_own_types_say() {
+    let scene = Scene::new(SCRIPT);
+    let ended = scene.run("one", &["--system", "Be brief."]).output().expect("it runs");
+    assert!(ended.status.success(), "{}", said(&ended));
+    let check = r#"
+import json, sys
+from pydantic import TypeAdapter, ConfigDict
+from anthropic.types.message_create_params import MessageCreateParamsStreaming
+adapter = TypeAdapter(MessageCreateParamsStreaming)
+def whole(value):
+    # What is iterable is checked as it is gone through.
+    if isinstance(value, dict):
+        return {name: whole(part) for name, part in value.items()}
+    return value if isinstance(value, (str, int, float, bool, type(None))) else [whole(part) for part in value]
+def check(body):
+    whole(adapter.validate_python(body))
+bodies = [json.loads(line) for line in open(sys.argv[1])]
+for sent in bodies:
+    assert (sent["version"], sent["type"], sent["accept"]) == ("2023-06-01", "application/json", "text/event-stream"), sent
+    check(json.loads(sent["body"]))
+broken = json.loads(bodies[0]["body"]); broken["messages"][0]["role"] = "nobody"
+try:
+    check(broken)
+except ValueError:
+    print(len(bodies))
+"#;
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+    let python = root.join("target/fakellm/bin/python");
+    let checked = std::process::Command::new(python)
+        .args(["-c", check])
+        .arg(scene.path("bodies"))
+        .output()
+        .expect("it runs");
+    assert_eq!(String::from_utf8_lossy(&checked.stdout), "4\n", "{}", said(&checked));
+}

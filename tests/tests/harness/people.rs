@@ -153,3 +153,59 @@ fn a_sandbox_is_handed_to_a_reviewer_and_a_revoked_grant_stops_it() {
     let said = scene.of_type("reviewer", "session.error");
     assert_eq!(said.last().expect("an error")["error"]["type"], "credential_host_unreachable_error");
 }
+
+/// The examples are run as they stand, one after the other.
+#[test]
+fn the_examples_run() {
+    let rules = r#"
+rules:
+  - name: taken
+    when: {tool_result_contains: "successor sees plan"}
+    respond: {content: "I go on from there."}
+  - name: successor
+    when: {messages_contain: "You take over"}
+    respond: {tool_calls: [{name: bash, arguments: {command: "echo successor sees $(cat /tmp/PLAN.md)"}}]}
+  - name: reviewed
+    when: {tool_result_contains: "reviewer sees plan"}
+    respond: {content: "It is well."}
+  - name: review
+    when: {messages_contain: "Review what was done"}
+    respond: {tool_calls: [{name: bash, arguments: {command: "echo reviewer sees $(cat /tmp/PLAN.md)"}}]}
+  - name: coded
+    when: {tool_result_contains: "coder has written"}
+    respond: {content: "Coded."}
+  - name: code
+    when: {tool_result_contains: "coder sees plan"}
+    respond: {tool_calls: [{name: bash, arguments: {command: "cp /workspace/sums.py /tmp/PLAN.md; echo plan > /tmp/PLAN.md; echo x >> /workspace/coded; echo coder has written"}}]}
+  - name: coder
+    when: {messages_contain: "in the sandbox `plan`"}
+    respond: {tool_calls: [{name: bash, arguments: {hand: plan, command: "echo coder sees $(cat /tmp/PLAN.md)"}}]}
+  - name: planned
+    when: {tool_result_contains: "planner has written"}
+    respond: {content: "Planned."}
+  - name: plan
+    when: {messages_contain: "mend"}
+    respond: {tool_calls: [{name: bash, arguments: {command: "echo plan > /tmp/PLAN.md; touch /workspace/no || echo planner has written"}}]}
+"#;
+    let scene = Scene::new(rules);
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+    let programs = broker_tests::program("harness").parent().expect("a folder").display().to_string();
+    let example = |name: &str, words: &[&str]| {
+        let mut command = std::process::Command::new("setpriv");
+        command.args(["--reuid", "54321", "--regid", "54321", "--clear-groups", "sh"]);
+        command.arg(root.join("harness/examples").join(name)).args(words);
+        command.env("HARNESS_STORE", scene.store()).env("BROKER_SOCKET", scene.path("broker.sock"));
+        command.env("PATH", format!("{programs}:/usr/bin:/bin"));
+        command.env("RUN_OPTIONS", "--tools /usr/local/games/harness-tools");
+        let output = command.output().expect("it runs");
+        assert!(output.status.success(), "{name}: {}{}", said(&output), scene.log());
+        String::from_utf8_lossy(&output.stdout).lines().last().expect("a name").to_owned()
+    };
+    let workspace = scene.path("workspace").display().to_string();
+    let coder = example("planner-coder.sh", &["scripted", &workspace, "please mend sums.py"]);
+    assert!(scene.path("workspace/coded").exists());
+    let reviewer = example("reviewer.sh", &["scripted", &coder]);
+    assert!(scene.events(&reviewer).iter().any(|event| event.to_string().contains("It is well.")));
+    let successor = example("successor.sh", &["scripted", &reviewer]);
+    assert!(scene.events(&successor).iter().any(|event| event.to_string().contains("I go on from there.")));
+}

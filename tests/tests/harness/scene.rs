@@ -111,6 +111,8 @@ impl Scene {
             "daemon off; pid {name}/pid; error_log {name}/errors; events {{}}\nhttp {{\n{temporary}\
              map $http_x_api_key $who {{ default nobody; \"{key}\" agent; }}\nlimit_req_zone $who zone=few:1m rate=60r/m;\n\
              log_format seen '$who $request_method $request_uri $status'; access_log {name}/seen seen;\n\
+             log_format body escape=json '{{\"version\":\"$http_anthropic_version\",\"type\":\"$content_type\",\"accept\":\"$http_accept\",\"body\":\"$request_body\"}}';\n\
+             access_log {name}/bodies body; client_body_buffer_size 4m; client_max_body_size 4m;\n\
              server {{ listen 127.0.0.1:{nginx_port}; if ($who = nobody) {{ return 401; }}\n{more}\n\
              location / {{ proxy_pass http://127.0.0.1:{fake_port}; proxy_buffering off; proxy_http_version 1.1; }} }} }}\n"
         );
