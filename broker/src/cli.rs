@@ -108,7 +108,7 @@ pub enum Command {
     /// List, derive and revoke grants
     #[command(subcommand)]
     Grant(GrantCommand),
-    /// Add, list and remove credentials of the vault's store
+    /// Add, rotate, list and remove credentials of the vault's store
     #[command(subcommand)]
     Credential(CredentialCommand),
     /// Show or verify the daemon's record
@@ -214,6 +214,13 @@ pub enum CredentialCommand {
     /// Keep a secret from standard input (one line) under a name; one that is there is replaced
     Add {
         /// The name after `store:` in the configuration
+        name: Name,
+        #[command(flatten)]
+        connect: Connect,
+    },
+    /// Replace a secret that is there by one from standard input; what runs uses it from its next request on
+    Rotate {
+        /// Its name
         name: Name,
         #[command(flatten)]
         connect: Connect,

@@ -78,6 +78,7 @@ fn revoke(socket: &Path, grant: GrantId, sandbox: Option<String>) -> Result<Stri
 pub fn credential(command: CredentialCommand) -> ExitCode {
     exit(match command {
         CredentialCommand::Add { name, connect } => add(&connect.socket(), name),
+        CredentialCommand::Rotate { name, connect } => rotate(&connect.socket(), name),
         CredentialCommand::List { connect, json } => credentials(&connect.socket(), json),
         CredentialCommand::Remove { name, connect } => {
             call::<Value>(&connect.socket(), "RemoveCredential", &RemoveCredential { name })
@@ -105,6 +106,15 @@ fn add(socket: &Path, name: Name) -> Result<String, String> {
     drop(given);
     client.reply::<Value>().map_err(|error| error.to_string())?;
     Ok(String::new())
+}
+
+/// One that is not there is a mistake in its name.
+fn rotate(socket: &Path, name: Name) -> Result<String, String> {
+    let Credentials { names } = call(socket, "ListCredentials", &json!({}))?;
+    if names.contains(&name) {
+        return add(socket, name);
+    }
+    Err(format!("the store has no credential {name}; `broker credential add` makes a new one"))
 }
 
 /// A pipe that what stands at standard input goes through.

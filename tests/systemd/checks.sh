@@ -12,14 +12,24 @@ run() { (cd / && as broker exec --connect $socket --policy $policy -- "$@"); }
 core() { pgrep -f 'role core'; }
 main() { systemctl show -p MainPID --value broker.service; }
 
-printf 'ada:x:1500:1500::/:/bin/sh\neve:x:1501:1501::/:/bin/sh\n' >> /etc/passwd
-printf 'ada:x:1500:\neve:x:1501:\n' >> /etc/group
+printf 'ada:x:1500:1500::/:/bin/sh\neve:x:1501:1501::/:/bin/sh\nharness:x:1502:1502::/:/bin/sh\n' >> /etc/passwd
+printf 'ada:x:1500:\neve:x:1501:\nharness:x:1502:\n' >> /etc/group
 mkdir -p /etc/broker/policies /etc/systemd/system/broker.service.d
 cat > /etc/broker/config.toml <<'CONFIG'
 [[access]]
 user = "ada"
 policies = ["default", "unlimited"]
 grants = ["echo"]
+[[access]]
+user = "harness"
+policies = ["default"]
+grants = ["model"]
+[grant.model]
+kind = "http"
+host = "model.test"
+allow = [ { methods = ["POST"], path = "/v1/messages" } ]
+upstream = "127.0.0.1:9"
+upstream_tls = "off"
 [grant.echo]
 kind = "tcp"
 host = "echo.test"
@@ -36,7 +46,7 @@ printf '[Unit]\nStartLimitIntervalSec=0\n[Service]\nWatchdogSec=6\nTimeoutStartS
 mkdir -p /srv/work && mount -t tmpfs -o mode=755 none /srv/work && chown 1500:1500 /srv/work
 
 check "the package installs" "dpkg -i broker_*.deb"
-check "systemd finds nothing wrong with the units" "systemd-analyze verify --man=no /usr/lib/systemd/system/broker.socket /usr/lib/systemd/system/broker.service 2>&1 | tee /tmp/verify && ! grep broker /tmp/verify"
+check "systemd finds nothing wrong with the units" "systemd-analyze verify --man=no /usr/lib/systemd/system/broker.socket /usr/lib/systemd/system/broker.service /usr/lib/systemd/system/harness.service 2>&1 | tee /tmp/verify && ! grep 'broker\|harness' /tmp/verify"
 check "nothing runs yet" "! systemctl -q is-active broker.service"
 check "a user's run activates the service" "[ \$(run id -u) = 1000 ]"
 check "it is active" "systemctl -q is-active broker.service"
@@ -57,6 +67,11 @@ fi
 check "a grant leads to the server, under the unit's rights" "(cd / && as broker exec --policy $policy --grant echo -- bash -c 'exec 3<>/dev/tcp/echo.test/7; echo hello >&3; read -t 20 answer <&3; echo \$answer') | grep -qx hello"
 check "without it there is no such name" "! run bash -c 'exec 3<>/dev/tcp/echo.test/7' 2>/dev/null"
 check "the vault keeps a credential, and its name is all that comes out" "echo a-secret-of-mine | broker credential add mine && [ \$(broker credential list) = mine ] && ! grep -rq a-secret-of-mine /var/lib/broker"
+# Nobody listens where the model should be: what is seen is that a driver came, under the unit's rights and confined by itself, and asked.
+sessions="setpriv --reuid 1502 --regid 1502 --clear-groups env HARNESS_STORE=sqlite:/var/lib/harness/sessions.sqlite harness"
+check "the harness's service starts" "systemctl start harness.service && systemctl -q is-active harness.service"
+check "it drives a session that is due, as far as the model's host" "(cd / && \$sessions run --detach --session one --model m --task t --attempts 1) && within 60 '\$sessions events one --type session.error | grep -q credential_host_unreachable_error' || { \$sessions events one; journalctl --no-pager -u harness.service | tail; false; }"
+check "and stops" "systemctl stop harness.service && ! pgrep -x harness"
 check "a policy that is not granted is refused" "! as broker exec --policy build -- true"
 check "a user who is not named is refused" "(cd / && ! stranger broker exec --policy $policy -- true)"
 if [ $policy = default ]; then

@@ -7,8 +7,9 @@ use serde_json::{Map, Value};
 use crate::event::{ErrorKind, Failure, Usage};
 use crate::sse::Sent;
 
-/// The most blocks of one answer.
+/// The most blocks of one answer, and the most bytes of its events.
 const BLOCKS_MAX: usize = 4096;
+const ANSWER_BYTES_MAX: usize = 16 << 20;
 
 /// A whole answer.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -39,6 +40,7 @@ pub struct Stream {
     /// Of calls: their input, as JSON in pieces.
     inputs: Vec<String>,
     begun: bool,
+    bytes: usize,
 }
 
 #[derive(Deserialize)]

@@ -341,7 +341,9 @@ for n in range(3): print(status(), get(door.open(), '/a') if n < 2 else door.ope
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(run.stdout.take().expect("a pipe")));
     let mut line = || lines.next().expect("a line").expect("text");
     assert_eq!(line(), "401 401", "the control: the old one is nobody's: {}", daemon.log());
-    let mut rotate = daemon.broker(0, &["credential", "add", "api"]);
+    let missing = daemon.broker(0, &["credential", "rotate", "none"]).output().expect("it runs");
+    assert!(said(&missing).1.contains("no credential none"), "{missing:?}");
+    let mut rotate = daemon.broker(0, &["credential", "rotate", "api"]);
     let mut rotate = rotate.stdin(Stdio::piped()).spawn().expect("it starts");
     std::io::Write::write_all(&mut rotate.stdin.take().expect("a pipe"), new.as_bytes()).expect("it reads");
     assert!(rotate.wait().expect("it ends").success(), "{}", daemon.log());
