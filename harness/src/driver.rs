@@ -19,10 +19,12 @@ use crate::event::{ErrorKind, Event, Failure, Position};
 use crate::hands::{Broker, HandError, Said};
 use crate::model;
 use crate::state::{Hand, State, Status};
-use crate::store::{SLICE_MAX, Store, StoreError, Writer, now_ms};
+use crate::store::{Slice, Store, StoreError, Writer, now_ms};
 
 /// The most events that `session_events` gives at once.
 const EVENTS_READ_MAX: u64 = 20;
+/// The most bytes of them.
+const EVENTS_READ_BYTES_MAX: usize = 100 << 10;
 
 /// What whoever looks on sees.
 pub enum Seen<'a> {
@@ -206,7 +208,7 @@ impl Driver<'_> {
 
     /// Follows what others have appended; whether they have.
     async fn catch_up(&mut self) -> Result<bool, DriveError> {
-        let records = self.store.read(self.session, self.state.control.next, u64::MAX).await?;
+        let records = self.store.slice(self.session, self.state.control.next, u64::MAX).await?.records;
         for record in &records {
             // Only who has a newer lease appends as a driver.
             if record.epoch != 0 {
@@ -301,17 +303,22 @@ pub fn effect_name(id: Position) -> String {
 /// `Store`, `Diverged`.
 pub async fn follow(store: &Store, session: &str) -> Result<State, DriveError> {
     let (mut state, mut from) = (State::default(), 0);
-    let mut records = store.read(session, from, u64::MAX).await?;
+    let mut slice = store.slice(session, from, u64::MAX).await?;
     loop {
-        let is_last = (records.len() as u64) < SLICE_MAX;
+        let Slice { mut records, is_last } = slice;
         if !is_last {
             // A batch is followed whole.
             let cut = records.last().map(|last| last.batch).unwrap_or_default();
-            records.retain(|record| record.batch != cut);
+            let cut_at = records.iter().position(|record| record.batch == cut).unwrap_or_default();
+            if cut_at == 0 {
+                let why = "a batch is longer than any that was written";
+                return Err(StoreError::Damaged { session: session.to_owned(), position: cut, why }.into());
+            }
+            records.truncate(cut_at);
         }
         from += records.len() as u64;
         // The store reads on while this slice is followed: it is asked by the first poll.
-        let mut ahead = pin!(store.read(session, from, u64::MAX));
+        let mut ahead = pin!(store.slice(session, from, u64::MAX));
         let mut first_poll = async || {
             poll_fn(|context| match ahead.as_mut().poll(context) {
                 Poll::Ready(done) => Poll::Ready(Some(done)),
@@ -325,7 +332,7 @@ pub async fn follow(store: &Store, session: &str) -> Result<State, DriveError> {
         if is_last {
             return Ok(state);
         }
-        records = match early {
+        slice = match early {
             Some(done) => done?,
             None => ahead.await?,
         };
@@ -403,10 +410,23 @@ async fn read_log(store: &Store, session: &str, effect: Position, input: &Value)
     let limit = input["limit"].as_u64().unwrap_or(1).clamp(1, EVENTS_READ_MAX);
     match store.read(session, from, from.saturating_add(limit)).await {
         Ok(records) => {
-            let line = |record: &crate::store::Record| {
-                format!("{} {} {}\n", record.position, record.kind, record.body)
-            };
-            Input::Called { effect, content: records.iter().map(line).collect(), is_error: false }
+            let mut content = String::new();
+            for record in &records {
+                content += &format!(
+                    "{} {} {}
+",
+                    record.position, record.kind, record.body
+                );
+                if content.len() > EVENTS_READ_BYTES_MAX {
+                    let end = (0..=EVENTS_READ_BYTES_MAX).rev().find(|end| content.is_char_boundary(*end));
+                    content.truncate(end.unwrap_or_default());
+                    content += "
+[there is more]
+";
+                    break;
+                }
+            }
+            Input::Called { effect, content, is_error: false }
         }
         Err(error) => Input::Called { effect, content: error.to_string(), is_error: true },
     }

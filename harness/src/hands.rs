@@ -7,12 +7,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use broker_client::grant::{Name, Narrowing};
 use broker_client::protocol::{
     AllGrants, Derive, Derived, Directory, Execute, Executed, Minted, Mode, Named, Narrow, Progress,
-    Provision, Provisioned, Sandboxes, Streams,
+    Provision, Provisioned, Sandboxes, Signal, Streams,
 };
 use broker_client::{Client, ClientError, Door};
 use rustix::fs::{CWD, Mode as FileMode, OFlags, openat};
@@ -29,6 +29,10 @@ const REQUEST_BYTES_MAX: usize = 1 << 20;
 const PIPE_BYTES: usize = 64 << 10;
 /// How long an answer may be on its way after the helper has ended.
 const DRAIN: Duration = Duration::from_secs(2);
+/// How long a tool may take beside what it was given, and one that was given nothing.
+const GRACE: Duration = Duration::from_secs(30);
+const TOOL_TIME: Duration = Duration::from_secs(120);
+const TOOL_TIME_MAX: Duration = Duration::from_secs(600);
 /// How often it is asked whether a call of an earlier driver's has ended.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 /// Connections that a driver of one session holds: for a call, for what comes beside it.
@@ -240,17 +244,28 @@ impl Broker {
     /// As the broker says; `Lost` where the sandbox has ended meanwhile.
     pub fn call(&self, sandbox: &str, tools: &str, effect: &str, request: &Value) -> Result<Said, HandError> {
         let input = request.to_string();
+        let limit = limit_of(request);
+        let until = Instant::now() + limit;
         self.on_channel(|client| {
             loop {
                 let command = [tools, "call", effect].map(str::to_owned);
-                match run(client, sandbox, effect, &command, input.as_bytes())? {
+                match self.run(client, sandbox, effect, &command, input.as_bytes(), limit)? {
                     Ran::Whole { outcome, output } => {
                         return match serde_json::from_slice(&output) {
                             Ok(said) => Ok(said),
-                            Err(_) => kept(client, sandbox, tools, effect, &outcome),
+                            Err(_) => self.kept(client, sandbox, tools, effect, &outcome),
                         };
                     }
-                    Ran::Earlier(Some(outcome)) => return kept(client, sandbox, tools, effect, &outcome),
+                    Ran::Earlier(Some(outcome)) => {
+                        return self.kept(client, sandbox, tools, effect, &outcome);
+                    }
+                    Ran::Earlier(None) if Instant::now() > until => {
+                        let sandbox = Named { sandbox: sandbox.to_owned() };
+                        let _ = client.call::<Value>("Kill", &sandbox)?;
+                        return Err(HandError::Lost(
+                            "it did not end, and was ended with its sandbox".to_owned(),
+                        ));
+                    }
                     Ran::Earlier(None) => std::thread::sleep(ASK_AGAIN),
                 }
             }
@@ -260,7 +275,12 @@ impl Broker {
     /// Ends what the session's shell runs in a sandbox.
     pub fn cancel(&self, sandbox: &str, tools: &str, effect: &str) {
         let command = [tools, "cancel", effect].map(str::to_owned);
-        let _ = self.on_channel(|client| run(client, sandbox, &format!("{effect}-cancel"), &command, &[]));
+        let name = format!("{effect}-cancel");
+        let _ = self.on_channel(|client| self.run(client, sandbox, &name, &command, &[], GRACE));
+        // Whatever became of the helper.
+        let killed =
+            Signal { sandbox: sandbox.to_owned(), signal: libc::SIGKILL, effect: Some(effect.to_owned()) };
+        let _ = self.on_channel(|client| Ok(client.call::<Value>("Signal", &killed)?));
     }
 
     /// Ends sandboxes of this session that its log does not know: a driver was killed before it could say so.
@@ -282,6 +302,12 @@ impl Broker {
     }
 }
 
+/// How long a tool is waited for; it ends itself before.
+fn limit_of(request: &Value) -> Duration {
+    let given = request["input"]["timeout_ms"].as_u64().map(Duration::from_millis);
+    given.unwrap_or(TOOL_TIME).min(TOOL_TIME_MAX) + GRACE
+}
+
 /// Where commands are looked for inside.
 const PATH: &str = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin";
 
@@ -293,64 +319,83 @@ enum Ran {
     Earlier(Option<Value>),
 }
 
-/// The answer that the helper has left in the sandbox, since it could not be heard.
-fn kept(
-    client: &mut Client,
-    sandbox: &str,
-    tools: &str,
-    effect: &str,
-    outcome: &Value,
-) -> Result<Said, HandError> {
-    // Reading changes nothing: each reading has a name of its own.
-    let name = format!("{effect}-read-{}", crate::store::now_ms());
-    let command = [tools, "result", effect].map(str::to_owned);
-    if let Ran::Whole { output, .. } = run(client, sandbox, &name, &command, &[])?
-        && let Ok(said) = serde_json::from_slice(&output)
-    {
-        return Ok(said);
+impl Broker {
+    /// The answer that the helper has left in the sandbox, since it could not be heard.
+    fn kept(
+        &self,
+        client: &mut Client,
+        sandbox: &str,
+        tools: &str,
+        effect: &str,
+        outcome: &Value,
+    ) -> Result<Said, HandError> {
+        // Reading changes nothing: each reading has a name of its own.
+        let name = format!("{effect}-read-{}", crate::store::now_ms());
+        let command = [tools, "result", effect].map(str::to_owned);
+        if let Ran::Whole { output, .. } = self.run(client, sandbox, &name, &command, &[], GRACE)?
+            && let Ok(said) = serde_json::from_slice(&output)
+        {
+            return Ok(said);
+        }
+        let content = format!(
+            "It was interrupted, and may have happened in part: what came of it is not known ({outcome})."
+        );
+        Ok(Said { content, is_error: true })
     }
-    let content = format!(
-        "It was interrupted, and may have happened in part: what came of it is not known ({outcome})."
-    );
-    Ok(Said { content, is_error: true })
-}
 
-fn run(
-    client: &mut Client,
-    sandbox: &str,
-    effect: &str,
-    command: &[String],
-    input: &[u8],
-) -> Result<Ran, HandError> {
-    let [(stdin, into), (from, stdout), (errors, stderr)] = [pipe()?, pipe()?, pipe()?];
-    // All of it is in the pipe before anybody hears of the call: whoever is killed then has said all or nothing.
-    if input.len() > REQUEST_BYTES_MAX {
-        return Err(HandError::Refused(format!("a call has {REQUEST_BYTES_MAX} bytes at most")));
+    fn run(
+        &self,
+        client: &mut Client,
+        sandbox: &str,
+        effect: &str,
+        command: &[String],
+        input: &[u8],
+        limit: Duration,
+    ) -> Result<Ran, HandError> {
+        let [(stdin, into), (from, stdout), (errors, stderr)] = [pipe()?, pipe()?, pipe()?];
+        // All of it is in the pipe before anybody hears of the call: whoever is killed then has said all or nothing.
+        if input.len() > REQUEST_BYTES_MAX {
+            return Err(HandError::Refused(format!("a call has {REQUEST_BYTES_MAX} bytes at most")));
+        }
+        if input.len() > PIPE_BYTES {
+            rustix::pipe::fcntl_setpipe_size(&into, REQUEST_BYTES_MAX).map_err(io::Error::from)?;
+        }
+        File::from(into).write_all(input)?;
+        let wish = Execute {
+            handle: None,
+            sandbox: Some(sandbox.to_owned()),
+            effect: effect.to_owned(),
+            command: command.to_vec(),
+            environment: Vec::new(),
+            path: PATH.to_owned(),
+            streams: Streams { input: Some(0), output: Some(1), error: Some(2) },
+        };
+        client.send("Execute", &wish, true, &[stdin.as_fd(), stdout.as_fd(), stderr.as_fd()])?;
+        drop((stdin, stdout, stderr));
+        let (first, continues) = client.reply::<Executed>()?;
+        if !continues {
+            return Ok(Ran::Earlier(first.outcome.filter(|_| first.state == Progress::Finished)));
+        }
+        let output = read_all(from);
+        drop(read_all(errors));
+        let ended = self.end_of(client, sandbox, limit)?;
+        let outcome = ended.outcome.unwrap_or_default();
+        Ok(Ran::Whole { outcome, output: drained(output) })
     }
-    if input.len() > PIPE_BYTES {
-        rustix::pipe::fcntl_setpipe_size(&into, REQUEST_BYTES_MAX).map_err(io::Error::from)?;
+
+    /// The end of a command, which has to come: a sandbox whose processes hold it up is ended.
+    fn end_of(&self, client: &mut Client, sandbox: &str, limit: Duration) -> Result<Executed, HandError> {
+        client.wait_for(Some(limit))?;
+        let mut ended = client.reply::<Executed>();
+        if matches!(&ended, Err(ClientError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock) {
+            let _ = self
+                .on_channel(|other| Ok(other.call::<Value>("Kill", &Named { sandbox: sandbox.to_owned() })?));
+            client.wait_for(Some(GRACE))?;
+            ended = client.reply();
+        }
+        client.wait_for(None)?;
+        Ok(ended?.0)
     }
-    File::from(into).write_all(input)?;
-    let wish = Execute {
-        handle: None,
-        sandbox: Some(sandbox.to_owned()),
-        effect: effect.to_owned(),
-        command: command.to_vec(),
-        environment: Vec::new(),
-        path: PATH.to_owned(),
-        streams: Streams { input: Some(0), output: Some(1), error: Some(2) },
-    };
-    client.send("Execute", &wish, true, &[stdin.as_fd(), stdout.as_fd(), stderr.as_fd()])?;
-    drop((stdin, stdout, stderr));
-    let (first, continues) = client.reply::<Executed>()?;
-    if !continues {
-        return Ok(Ran::Earlier(first.outcome.filter(|_| first.state == Progress::Finished)));
-    }
-    let output = read_all(from);
-    drop(read_all(errors));
-    let ended = client.reply::<Executed>()?.0;
-    let outcome = ended.outcome.unwrap_or_default();
-    Ok(Ran::Whole { outcome, output: drained(output) })
 }
 
 fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use broker_client::Client;
 use harness::agent::{Agent, Budget, Hands, Policy, RULES, Workspace};
@@ -24,6 +24,9 @@ use crate::show;
 
 /// A broker that has gone: trying later may help (sysexits.h).
 const TEMPORARY: u8 = 75;
+/// How long a session is left alone after its driver ended, at first and at most.
+const REST: Duration = Duration::from_millis(200);
+const REST_MAX: Duration = Duration::from_secs(60);
 /// The session waits for a person.
 const WAITS: u8 = 3;
 
@@ -68,22 +71,35 @@ pub fn drive_all(most: usize, options: &Drive) -> Done {
     let client = place(&options.store)?.open_to_client()?;
     let own = std::env::current_exe().map_err(|error| error.to_string())?;
     let mut running: BTreeMap<String, std::process::Child> = BTreeMap::new();
+    // A session that failed again is left alone for longer each time.
+    let mut rests: BTreeMap<String, (u32, Instant)> = BTreeMap::new();
     let _ = sd_ready();
     loop {
-        running.retain(|_, child| !matches!(child.try_wait(), Ok(Some(_))));
+        running.retain(|session, child| match child.try_wait() {
+            Ok(Some(ended)) => {
+                let (fails, until) = rests.entry(session.clone()).or_insert((0, Instant::now()));
+                *fails = if ended.success() { 0 } else { *fails + 1 };
+                *until = Instant::now() + REST.saturating_mul(1 << (*fails).min(8)).min(REST_MAX);
+                false
+            }
+            _ => true,
+        });
+        let rested = |session: &String| rests.get(session).is_none_or(|(_, until)| *until <= Instant::now());
         let due = client.due(now_ms())?;
         for session in due
             .into_iter()
-            .filter(|id| !running.contains_key(id))
+            .filter(|id| !running.contains_key(id) && rested(id))
             .take(most.saturating_sub(running.len()))
             .collect::<Vec<_>>()
         {
             let mut command = std::process::Command::new(&own);
-            command.args(["wake", &session, "--output", "none", "--lease", &options.lease.to_string()]);
+            command.args(["wake", "--output", "none", "--lease", &options.lease.to_string()]);
             command.arg("--connect").arg(&options.connect.connect);
+            command.arg("--store-connect").arg(&options.store.store_connect);
             if let Some(store) = &options.store.store {
                 command.args(["--store", store]);
             }
+            command.args(["--", &session]);
             complain!("wakes {session}");
             match command.stdin(std::process::Stdio::null()).spawn() {
                 Ok(child) => drop(running.insert(session, child)),
@@ -155,8 +171,11 @@ fn runtime() -> Result<Runtime, String> {
 struct Runtime(tokio::runtime::Runtime);
 
 impl Runtime {
-    fn block_on<T>(&self, work: impl Future<Output = T>) -> T {
-        tokio::task::LocalSet::new().block_on(&self.0, work)
+    /// What is still under way when the work is done was given up: it is not waited for.
+    fn block_on<T>(self, work: impl Future<Output = T>) -> T {
+        let done = tokio::task::LocalSet::new().block_on(&self.0, work);
+        self.0.shutdown_background();
+        done
     }
 }
 
@@ -236,8 +255,10 @@ fn new_name() -> Result<String, String> {
     Ok(random::<6>()?.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-fn is_name(name: &str) -> bool {
+/// Whether a session may be called so.
+pub fn is_name(name: &str) -> bool {
     (1..=64).contains(&name.len())
+        && !name.starts_with('-')
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
 }
 

@@ -200,7 +200,7 @@ pub fn line(position: Position, event: &Event) -> String {
     {
         all.extend(body);
     }
-    value.to_string()
+    show::escaped(&value.to_string())
 }
 
 fn record_line(record: &Record) -> String {
@@ -209,7 +209,7 @@ fn record_line(record: &Record) -> String {
     {
         all.extend(body);
     }
-    value.to_string()
+    show::escaped(&value.to_string())
 }
 
 /// Everything but driving.
@@ -288,7 +288,12 @@ fn list(sessions: &Sessions, json: bool) -> Result<(), String> {
             (false, None) => "idle",
         };
         let owner = session.owner.filter(|_| driven).unwrap_or_default();
-        text += &format!("{:<24} {:>8} {state:<8} {}\n", session.id, session.events, show::tame(&owner));
+        text += &format!(
+            "{:<24} {:>8} {state:<8} {}\n",
+            show::tame(&session.id),
+            session.events,
+            show::tame(&owner)
+        );
     }
     print(&text)
 }
@@ -317,7 +322,7 @@ fn show_one(sessions: &Sessions, id: &str, json: bool) -> Result<(), String> {
     let mut text = String::new();
     let mut from = 0;
     while from < control.next {
-        let records = sessions.wait(sessions.store.read(id, from, u64::MAX))?;
+        let records = sessions.wait(sessions.store.slice(id, from, u64::MAX))?.records;
         for record in &records {
             let event = Event::parse(&record.kind, &record.body).map_err(|error| error.to_string())?;
             text.extend(show::event(record.position, &event).map(|line| line + "\n"));
@@ -357,7 +362,7 @@ fn events(
     let mut from = from;
     let mut all = Vec::new();
     loop {
-        let records = sessions.wait(sessions.store.read(id, from, to.unwrap_or(u64::MAX)))?;
+        let records = sessions.wait(sessions.store.slice(id, from, to.unwrap_or(u64::MAX)))?.records;
         from += records.len() as u64;
         let lines = records.iter().filter(wanted).map(|record| record_line(record) + "\n");
         if order.reverse {
@@ -446,7 +451,7 @@ fn export(sessions: &Sessions, id: &str) -> Result<(), String> {
     print(&format!("{}\n", json!({ "session": id, "format": 1 })))?;
     let mut from = 0;
     loop {
-        let records = sessions.wait(sessions.store.read(id, from, u64::MAX))?;
+        let records = sessions.wait(sessions.store.slice(id, from, u64::MAX))?.records;
         if records.is_empty() {
             return Ok(());
         }
@@ -468,6 +473,9 @@ fn import(sessions: &Sessions, file: &Path) -> Result<(), String> {
         .as_str()
         .filter(|_| head["format"] == 1)
         .ok_or_else(|| at(0, "it is no export of a session".to_owned()))?;
+    if !crate::launch::is_name(id) {
+        return Err(at(0, format!("{id:?} is no session's name")));
+    }
     let record = |(number, line): (usize, std::io::Result<String>)| {
         let line = line.map_err(|error| at(number, error.to_string()))?;
         serde_json::from_str::<Record>(&line).map_err(|error| at(number, error.to_string()))

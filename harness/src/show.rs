@@ -1,6 +1,6 @@
 //! Events as a person reads them. What models and sandboxes say is shown without what a terminal would obey.
 
-use harness::event::{Event, StopReason};
+use harness::event::{Event, Permission, StopReason};
 use serde_json::Value;
 
 /// The longest text of a result that is shown, in bytes and lines.
@@ -11,11 +11,25 @@ const RESULT_LINES: usize = 8;
 pub fn tame(text: &str) -> String {
     let shown = |letter: char| match letter {
         '\n' | '\t' => letter.to_string(),
-        '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}' => String::new(),
+        letter if turns(letter) => String::new(),
         letter if letter.is_control() => letter.escape_default().to_string(),
         letter => letter.to_string(),
     };
     text.chars().map(shown).collect()
+}
+
+/// What turns the direction of a text, or begins another line.
+fn turns(letter: char) -> bool {
+    matches!(letter, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}' | '\u{61c}' | '\u{2028}' | '\u{2029}')
+}
+
+/// JSON with what a terminal would obey escaped: it stays the same JSON.
+pub fn escaped(json: &str) -> String {
+    let shown = |letter: char| match letter {
+        letter if letter.is_control() || turns(letter) => format!("\\u{:04x}", u32::from(letter)),
+        letter => letter.to_string(),
+    };
+    json.chars().map(shown).collect()
 }
 
 /// One event; nothing where there is nothing to say of it.
@@ -36,6 +50,10 @@ pub fn event(position: u64, event: &Event) -> Option<String> {
         | Event::RequestStart(_)
         | Event::Running(_)
         | Event::Call(_) => return None,
+        // Whoever is asked sees all that would run.
+        Event::ToolUse(wanted) if wanted.evaluated_permission == Permission::Ask => {
+            format!("[{position}] {} {:#}", name(&wanted.block), wanted.block["input"])
+        }
         Event::ToolUse(wanted) => format!("[{position}] {} {}", name(&wanted.block), input(&wanted.block)),
         Event::CustomToolUse(wanted) => {
             format!("[{position}] {} {} (yours to answer)", name(&wanted.block), input(&wanted.block))
@@ -82,10 +100,17 @@ fn name(block: &Value) -> &str {
     block["name"].as_str().unwrap_or_default()
 }
 
+/// What a call is about, by its tool; all of it where that is not ours.
 fn input(block: &Value) -> String {
     let input = &block["input"];
-    let main = ["command", "path", "pattern"].into_iter().find_map(|field| input[field].as_str());
-    short(&main.map_or_else(|| input.to_string(), str::to_owned))
+    let field = match name(block) {
+        "bash" => "command",
+        "read" | "write" | "edit" => "path",
+        "glob" | "grep" => "pattern",
+        _ => "",
+    };
+    let hand = input["hand"].as_str().map_or_else(String::new, |hand| format!(" (in {hand})"));
+    input[field].as_str().map_or_else(|| short(&input.to_string()), short) + &hand
 }
 
 fn short(text: &str) -> String {

@@ -69,6 +69,14 @@ impl Client {
         Ok(Client { stream: BufReader::new(UnixStream::connect(socket)?) })
     }
 
+    /// How long a reply is waited for; for ever where nothing is said. The next reply can be waited for again.
+    ///
+    /// # Errors
+    /// As setsockopt(2).
+    pub fn wait_for(&self, limit: Option<std::time::Duration>) -> io::Result<()> {
+        self.stream.get_ref().set_read_timeout(limit)
+    }
+
     /// One call, one reply.
     pub fn call<T: DeserializeOwned>(
         &mut self,

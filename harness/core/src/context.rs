@@ -146,7 +146,11 @@ impl Conversation {
             }
         }
         // The last block that may have one: what was said until here is worth keeping for the next request.
-        let mark = |block: &mut Value| block["cache_control"] = json!({ "type": "ephemeral" });
+        let mark = |block: &mut Value| {
+            if block.is_object() {
+                block["cache_control"] = json!({ "type": "ephemeral" });
+            }
+        };
         let markable = |block: &&mut Value| {
             let is_thinking = block["type"].as_str().is_some_and(|kind| kind.contains("thinking"));
             !is_thinking && block["text"] != "" && block["content"] != ""

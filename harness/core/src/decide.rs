@@ -144,13 +144,15 @@ fn facts(control: &Control, input: &Input) -> Result<Vec<Event>, Stale> {
                 stop_reason: Some(stop_reason.clone()),
                 usage: *usage,
                 failure: None,
+                interrupted: false,
             };
             blocks.iter().map(|block| said(agent, block)).chain([end.into()]).collect()
         }
         Input::Failed { request, failure } => {
             asked(*request)?;
             let failure = Some(failure.clone());
-            vec![RequestEnd { request: *request, stop_reason: None, usage: Usage::default(), failure }.into()]
+            let (request, usage, interrupted) = (*request, Usage::default(), false);
+            vec![RequestEnd { request, stop_reason: None, usage, failure, interrupted }.into()]
         }
         Input::Provisioned { effect, sandbox } => {
             let hand = control.hand_asked(*effect).ok_or(Stale)?;
@@ -163,7 +165,8 @@ fn facts(control: &Control, input: &Input) -> Result<Vec<Event>, Stale> {
             }
             let (tool_use, hand) = control.running(effect).ok_or(Stale)?;
             let content = format!("It was interrupted, and may have happened in part: {message}");
-            let result = ToolResult { tool_use, call: Some(effect), content, is_error: true };
+            let result =
+                ToolResult { tool_use, call: Some(effect), content, is_error: true, interrupted: false };
             let lost = hand.filter(|hand| matches!(control.hands.get(hand), Some(Hand::Ready(_))));
             let lost = lost.map(|hand| Lost { hand, effect, message }.into());
             std::iter::once(result.into()).chain(lost).collect()
@@ -171,7 +174,7 @@ fn facts(control: &Control, input: &Input) -> Result<Vec<Event>, Stale> {
         Input::Called { effect, content, is_error } => {
             let (tool_use, _) = control.running(*effect).ok_or(Stale)?;
             let (content, is_error) = (content.clone(), *is_error);
-            vec![ToolResult { tool_use, call: Some(*effect), content, is_error }.into()]
+            vec![ToolResult { tool_use, call: Some(*effect), content, is_error, interrupted: false }.into()]
         }
     })
 }
@@ -228,20 +231,20 @@ impl Step {
         if let Some(failed) = control.failed.as_ref().filter(|failed| !failed.settled) {
             return Some((self.trouble(agent, failed), None));
         }
-        if let Some(next) = self.after_failure(agent) {
-            return next;
-        }
         if control.uses.is_empty() && !control.unheard {
             return self.idle(StopReason::EndTurn);
-        }
-        if let Some(tool_use) = control.denied() {
-            return Some((tool_use, None));
         }
         if control.paused {
             return self.unless_running(StopReason::Paused);
         }
         if self.is_spent(agent, *created_ms) {
             return self.unless_running(StopReason::BudgetReached);
+        }
+        if let Some(next) = self.after_failure(agent) {
+            return next;
+        }
+        if let Some(tool_use) = control.denied() {
+            return Some((tool_use, None));
         }
         if !control.uses.is_empty() {
             return self.go_on_with_tools();
@@ -261,9 +264,9 @@ impl Step {
     /// Whatever is under way ends, one after the other, and then it is idle.
     fn give_up(&self) -> (Event, Option<Effect>) {
         if let Some(request) = self.control.request {
-            let stop_reason = Some("interrupted".to_owned());
-            let end = RequestEnd { request: request.id, stop_reason, usage: Usage::default(), failure: None };
-            return (end.into(), Some(Effect::Abort { id: request.id }));
+            let (request, usage, interrupted) = (request.id, Usage::default(), true);
+            let end = RequestEnd { request, stop_reason: None, usage, failure: None, interrupted };
+            return (end.into(), Some(Effect::Abort { id: request }));
         }
         if let Some((tool_use, wanted)) = self.control.uses.first_key_value() {
             let (call, effect) = match wanted.stage {
@@ -271,7 +274,8 @@ impl Step {
                 _ => (None, None),
             };
             let content = INTERRUPTED.to_owned();
-            return (ToolResult { tool_use: *tool_use, call, content, is_error: true }.into(), effect);
+            let (tool_use, is_error, interrupted) = (*tool_use, true, true);
+            return (ToolResult { tool_use, call, content, is_error, interrupted }.into(), effect);
         }
         (Idle { stop_reason: StopReason::EndTurn }.into(), None)
     }
@@ -331,11 +335,17 @@ impl Step {
             Some(Hand::Asked(_)) => None,
             Some(Hand::Refused(why)) => {
                 let content = format!("There is no sandbox to run it in: {why}");
-                Some((ToolResult { tool_use, call: None, content, is_error: true }.into(), None))
+                Some((
+                    ToolResult { tool_use, call: None, content, is_error: true, interrupted: false }.into(),
+                    None,
+                ))
             }
             _ if control.hands.len() >= HANDS_MAX && !control.hands.contains_key(hand) => {
                 let content = format!("A session has {HANDS_MAX} sandboxes at most.");
-                Some((ToolResult { tool_use, call: None, content, is_error: true }.into(), None))
+                Some((
+                    ToolResult { tool_use, call: None, content, is_error: true, interrupted: false }.into(),
+                    None,
+                ))
             }
             _ => {
                 Some((Provision { hand: hand.clone() }.into(), Some(Effect::Provision { id: control.next })))
@@ -383,7 +393,14 @@ impl Control {
     fn denied(&self) -> Option<Event> {
         self.uses.iter().find_map(|(tool_use, wanted)| match &wanted.stage {
             Stage::Denied(why) => Some(
-                ToolResult { tool_use: *tool_use, call: None, content: why.clone(), is_error: true }.into(),
+                ToolResult {
+                    tool_use: *tool_use,
+                    call: None,
+                    content: why.clone(),
+                    is_error: true,
+                    interrupted: false,
+                }
+                .into(),
             ),
             _ => None,
         })
@@ -479,7 +496,7 @@ pub fn replay(state: &mut State, events: &[Logged]) -> Result<(), Divergence> {
 }
 
 fn compare(state: &State, batch: &[Logged]) -> Result<(), Divergence> {
-    let input = input_of(batch, state.control.interrupted);
+    let input = input_of(batch);
     let decided = decide(state, &input, batch[0].at_ms).unwrap_or_default().events;
     if decided.iter().eq(batch.iter().map(|logged| &logged.event)) {
         return Ok(());
@@ -492,7 +509,7 @@ fn compare(state: &State, batch: &[Logged]) -> Result<(), Divergence> {
 }
 
 /// What was heard when this was decided.
-fn input_of(batch: &[Logged], interrupted: bool) -> Input {
+fn input_of(batch: &[Logged]) -> Input {
     let block = |event: &Event| match event {
         Event::AgentMessage(AgentMessage { block })
         | Event::Thinking(Thinking { block })
@@ -506,9 +523,7 @@ fn input_of(batch: &[Logged], interrupted: bool) -> Input {
         Some(Event::RequestEnd(RequestEnd { request, failure: Some(failure), .. })) => {
             Input::Failed { request: *request, failure: failure.clone() }
         }
-        Some(Event::RequestEnd(RequestEnd { request, stop_reason: Some(reason), usage, .. }))
-            if reason != "interrupted" =>
-        {
+        Some(Event::RequestEnd(RequestEnd { request, stop_reason: Some(reason), usage, .. })) => {
             Input::Answered { request: *request, blocks, stop_reason: reason.clone(), usage: *usage }
         }
         Some(Event::Compacted(Compacted { request, summary, usage })) => {
@@ -519,15 +534,18 @@ fn input_of(batch: &[Logged], interrupted: bool) -> Input {
             Input::Provisioned { effect: made.effect, sandbox: made.sandbox.clone() }
         }
         Some(Event::Lost(lost)) => Input::Lost { effect: lost.effect, message: lost.message.clone() },
-        Some(Event::ToolResult(ToolResult { call: Some(call), content, is_error, .. })) => {
-            match batch.get(1).map(|logged| &logged.event) {
-                Some(Event::Lost(lost)) if lost.effect == *call => {
-                    Input::Lost { effect: *call, message: lost.message.clone() }
-                }
-                _ if interrupted && content == INTERRUPTED => Input::Tick,
-                _ => Input::Called { effect: *call, content: content.clone(), is_error: *is_error },
+        Some(Event::ToolResult(ToolResult {
+            call: Some(call),
+            content,
+            is_error,
+            interrupted: false,
+            ..
+        })) => match batch.get(1).map(|logged| &logged.event) {
+            Some(Event::Lost(lost)) if lost.effect == *call => {
+                Input::Lost { effect: *call, message: lost.message.clone() }
             }
-        }
+            _ => Input::Called { effect: *call, content: content.clone(), is_error: *is_error },
+        },
         _ => Input::Tick,
     }
 }

@@ -127,6 +127,9 @@ events! {
         /// It failed.
         #[serde(default)]
         is_error: bool,
+        /// A person stopped it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        interrupted: bool,
     }
     /// What was said until now gave way to a summary of it.
     "agent.thread_context_compacted" Compacted {
@@ -176,6 +179,9 @@ events! {
         /// Why there is no answer.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         failure: Option<Failure>,
+        /// A person did not want one any more.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        interrupted: bool,
     }
     /// A sandbox is asked for. Its position is the effect's name.
     "hand.provision" Provision {
@@ -381,9 +387,12 @@ pub struct Usage {
 impl Usage {
     /// All of them.
     pub fn tokens(&self) -> u64 {
-        self.input_tokens
-            + self.output_tokens
-            + self.cache_creation_input_tokens
-            + self.cache_read_input_tokens
+        let all = [
+            self.input_tokens,
+            self.output_tokens,
+            self.cache_creation_input_tokens,
+            self.cache_read_input_tokens,
+        ];
+        all.into_iter().fold(0, u64::saturating_add)
     }
 }

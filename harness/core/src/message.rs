@@ -10,6 +10,10 @@ use crate::sse::Sent;
 /// The most blocks of one answer, and the most bytes of its events.
 const BLOCKS_MAX: usize = 4096;
 const ANSWER_BYTES_MAX: usize = 16 << 20;
+/// How deep a block may be.
+const DEPTH_MAX: usize = 64;
+/// More tokens than anybody can have used; what counts more does not count.
+const TOKENS_MAX: u64 = 1 << 40;
 
 /// A whole answer.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -79,6 +83,10 @@ impl Stream {
     /// # Errors
     /// Where the API says that it failed, or it is no answer.
     pub fn take(&mut self, sent: &Sent) -> Result<Progress, Failure> {
+        self.bytes += sent.data.len();
+        if self.bytes > ANSWER_BYTES_MAX {
+            return Err(Failure { retry: false, ..broken("it is too long") });
+        }
         let said =
             serde_json::from_str(&sent.data).map_err(|_| broken("an event that is no JSON of the API's"))?;
         match said {
@@ -112,6 +120,10 @@ impl Stream {
                     reason.clone_into(&mut self.answer.stop_reason);
                 }
                 self.count(&usage);
+            }
+            // What is deeper could be written into the log, and not be read from it.
+            Said::MessageStop {} if self.answer.blocks.iter().any(|block| !is_shallow(block, DEPTH_MAX)) => {
+                return Err(Failure { retry: false, ..broken("it is nested too deep") });
             }
             Said::MessageStop {} => return Ok(Progress::Whole),
             Said::Error { error } => return Err(failure(None, &error)),
@@ -162,9 +174,17 @@ impl Stream {
             ("cache_read_input_tokens", &mut usage.cache_read_input_tokens),
         ] {
             if let Some(count) = said.get(name).and_then(Value::as_u64) {
-                *total = count;
+                *total = count.min(TOKENS_MAX);
             }
         }
+    }
+}
+
+fn is_shallow(value: &Value, depth: usize) -> bool {
+    match value {
+        Value::Array(items) => depth > 0 && items.iter().all(|item| is_shallow(item, depth - 1)),
+        Value::Object(fields) => depth > 0 && fields.values().all(|field| is_shallow(field, depth - 1)),
+        _ => true,
     }
 }
 

@@ -10,6 +10,9 @@ use crate::context::{Conversation, block_tokens};
 use crate::event::{Event, Permission, Position, Purpose, StopReason, Usage, Verdict};
 use crate::tools;
 
+/// A turn that the API pauses goes on so often.
+const PAUSES_MAX: u32 = 16;
+
 /// How it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Status {
@@ -104,6 +107,8 @@ pub struct Control {
     pub calls: u64,
     /// How many tokens the next request has, roughly.
     pub context: u64,
+    /// How often on end the API has paused the turn.
+    pub pauses: u32,
 }
 
 /// What came of the last request.
@@ -181,6 +186,7 @@ impl Control {
             used: Usage::default(),
             calls: 0,
             context: 0,
+            pauses: 0,
         }
     }
 
@@ -296,10 +302,12 @@ impl Control {
                     failure,
                 });
                 // A turn that is only paused goes on, and a request that failed is still to be answered.
-                self.unheard |= self.failed.is_some() || end.stop_reason.as_deref() == Some("pause_turn");
+                let goes_on = end.stop_reason.as_deref() == Some("pause_turn") && self.pauses < PAUSES_MAX;
+                self.pauses = if goes_on { self.pauses + 1 } else { 0 };
+                self.unheard |= self.failed.is_some() || goes_on;
                 if end.usage.tokens() > 0 && self.failed.is_none() {
-                    // What the API has counted is better than our guess, and the answer is in it already.
-                    self.context = end.usage.tokens();
+                    // What the API has counted counts, and the answer is in it already; unless it says less than we know.
+                    self.context = self.context.max(end.usage.tokens());
                 }
             }
             Event::Provision(asked) => {
@@ -358,10 +366,14 @@ impl Control {
     }
 
     fn add(&mut self, usage: &Usage) {
-        self.used.input_tokens += usage.input_tokens;
-        self.used.output_tokens += usage.output_tokens;
-        self.used.cache_creation_input_tokens += usage.cache_creation_input_tokens;
-        self.used.cache_read_input_tokens += usage.cache_read_input_tokens;
+        for (used, more) in [
+            (&mut self.used.input_tokens, usage.input_tokens),
+            (&mut self.used.output_tokens, usage.output_tokens),
+            (&mut self.used.cache_creation_input_tokens, usage.cache_creation_input_tokens),
+            (&mut self.used.cache_read_input_tokens, usage.cache_read_input_tokens),
+        ] {
+            *used = used.saturating_add(more);
+        }
     }
 
     fn begin_use(&mut self, position: Position, block: &Value, stage: Stage) {

@@ -22,8 +22,9 @@ pub use sqlite::Sqlite;
 pub type Hash = [u8; 32];
 /// The longest event, in bytes.
 pub const EVENT_BYTES_MAX: usize = 32 << 20;
-/// The most events that one reading of a slice returns.
-pub const SLICE_MAX: u64 = 2_000;
+/// The most events that one reading of a slice returns, and the most bytes of all but the last.
+const SLICE_MAX: u64 = 2_000;
+const SLICE_BYTES_MAX: usize = 16 << 20;
 
 /// One event as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +46,24 @@ pub struct Record {
     /// Of all this and the record before it.
     #[serde(with = "hexadecimal")]
     pub hash: Hash,
+}
+
+/// Some events of a log.
+#[derive(Debug)]
+pub struct Slice {
+    /// In their order.
+    pub records: Vec<Record>,
+    /// Whether there were no more of those asked for.
+    pub is_last: bool,
+}
+
+/// What a store found.
+struct Found {
+    records: Vec<Record>,
+    /// Where the log ends.
+    next: Position,
+    /// There was more than is read at once.
+    cut: bool,
 }
 
 /// An event that is to be appended.
@@ -200,30 +219,26 @@ impl Store {
         either!(self, store => store.append(id.to_owned(), writer, entries, at_ms).await)
     }
 
-    /// Events from `from` on, up to `to` and [`SLICE_MAX`], each checked against the one before it.
+    /// Events from `from` on, up to `to` or as many as are read at once, each checked against the one before it.
     ///
     /// # Errors
     /// `Damaged`, `NoSession`, `Failed`.
-    pub async fn read(&self, id: &str, from: Position, to: Position) -> Result<Vec<Record>, StoreError> {
-        let to = to.min(from.saturating_add(SLICE_MAX));
-        let (mut records, next) =
-            either!(self, store => store.slice(id.to_owned(), from.saturating_sub(1), to).await)?;
+    pub async fn slice(&self, id: &str, from: Position, to: Position) -> Result<Slice, StoreError> {
+        let capped = to.min(from.saturating_add(SLICE_MAX));
+        let found = either!(self, store => store.slice(id.to_owned(), from.saturating_sub(1), capped).await)?;
+        let Found { mut records, next, cut } = found;
+        let damaged = |position, why| StoreError::Damaged { session: id.to_owned(), position, why };
         let mut before = genesis(id);
         if from > 0 && next > 0 {
             if records.is_empty() {
-                return Ok(records);
+                return Ok(Slice { records, is_last: true });
             }
             let first = records.remove(0);
             if first.position + 1 != from {
-                return Err(StoreError::Damaged {
-                    session: id.to_owned(),
-                    position: from - 1,
-                    why: "it is not there",
-                });
+                return Err(damaged(from - 1, "it is not there"));
             }
             before = first.hash;
         }
-        let damaged = |position, why| StoreError::Damaged { session: id.to_owned(), position, why };
         for (position, record) in (from..).zip(&records) {
             if record.position != position {
                 return Err(damaged(position, "it is not there"));
@@ -234,10 +249,25 @@ impl Store {
             before = record.hash;
         }
         let end = from + records.len() as u64;
-        if end < to.min(next) {
+        if end < capped.min(next) && !cut {
             return Err(damaged(end, "the log ends before its end"));
         }
-        Ok(records)
+        Ok(Slice { records, is_last: end >= to.min(next) })
+    }
+
+    /// All of them, slice by slice.
+    ///
+    /// # Errors
+    /// The same.
+    pub async fn read(&self, id: &str, from: Position, to: Position) -> Result<Vec<Record>, StoreError> {
+        let mut all = Vec::new();
+        loop {
+            let Slice { records, is_last } = self.slice(id, from + all.len() as u64, to).await?;
+            all.extend(records);
+            if is_last {
+                return Ok(all);
+            }
+        }
     }
 
     /// Sessions, all of them.
@@ -322,8 +352,12 @@ impl Record {
 
 fn entries(events: &[Event]) -> Result<Vec<Entry>, StoreError> {
     let entries: Vec<Entry> = events.iter().map(Entry::from).collect();
-    match entries.iter().map(|entry| entry.body.len()).find(|bytes| *bytes > EVENT_BYTES_MAX) {
-        Some(bytes) => Err(StoreError::TooLong(bytes)),
+    if let Some(entry) = entries.iter().find(|entry| entry.body.len() > EVENT_BYTES_MAX) {
+        return Err(StoreError::TooLong(entry.body.len()));
+    }
+    // What cannot be read again would be the end of its session.
+    match entries.iter().find_map(|entry| Event::parse(entry.kind, &entry.body).err()) {
+        Some(error) => Err(StoreError::Failed(format!("an event that could not be read again: {error}"))),
         None => Ok(entries),
     }
 }

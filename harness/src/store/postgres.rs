@@ -9,7 +9,9 @@ use tokio::net::UnixStream;
 use tokio::sync::{Mutex, watch};
 use tokio_postgres::{Client, Config, NoTls, Row, Transaction};
 
-use super::{Entry, Hash, Record, Session, StoreError, Writer, admitted, chained, genesis};
+use super::{
+    Entry, Found, Hash, Record, SLICE_BYTES_MAX, Session, StoreError, Writer, admitted, chained, genesis,
+};
 use crate::event::Position;
 
 /// How often it is looked whether others have written.
@@ -138,7 +140,14 @@ impl Postgres {
     }
 
     pub(super) async fn import(&self, id: String, records: Vec<Record>) -> Result<(), StoreError> {
-        self.with(async |transaction| make(transaction, &id, records).await).await
+        self.with(async |transaction| {
+            make(transaction, &id, records).await?;
+            // Nobody drives it unasked.
+            let unasked =
+                transaction.execute("UPDATE sessions SET wanted_ms = NULL WHERE id = $1", &[&id]).await;
+            unasked.map(drop).map_err(|error| said(&error))
+        })
+        .await
     }
 
     pub(super) async fn append(
@@ -162,24 +171,22 @@ impl Postgres {
         .await
     }
 
-    pub(super) async fn slice(
-        &self,
-        id: String,
-        from: Position,
-        to: Position,
-    ) -> Result<(Vec<Record>, Position), StoreError> {
+    pub(super) async fn slice(&self, id: String, from: Position, to: Position) -> Result<Found, StoreError> {
         self.with(async |transaction| {
             let Head { key, next, .. } = head(transaction, &id, "").await?;
             // What was appended in between is for the next reading.
-            let to = signed(to.min(next));
+            let (to, most) = (signed(to.min(next)), SLICE_BYTES_MAX as i64);
             let rows = transaction
                 .query(
-                    "SELECT position, epoch, batch, at_ms, kind, body, hash FROM events WHERE session = $1 AND position >= $2 AND position < $3 ORDER BY position",
-                    &[&key, &signed(from), &to],
+                    "SELECT position, epoch, batch, at_ms, kind, body, hash FROM (SELECT *, sum(octet_length(body)) OVER (ORDER BY position) - octet_length(body) AS before
+                         FROM events WHERE session = $1 AND position >= $2 AND position < $3) AS sums WHERE before <= $4 OR position <= $2 + 1 ORDER BY position",
+                    &[&key, &signed(from), &to, &most],
                 )
                 .await
                 .map_err(|error| said(&error))?;
-            Ok((rows.iter().map(record).collect::<Result<_, _>>()?, next))
+            let records: Vec<Record> = rows.iter().map(record).collect::<Result<_, _>>()?;
+            let cut = records.iter().map(|record| record.body.len()).sum::<usize>() > SLICE_BYTES_MAX;
+            Ok(Found { records, next, cut })
         })
         .await
     }

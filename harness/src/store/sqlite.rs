@@ -10,7 +10,10 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use tokio::sync::{oneshot, watch};
 
-use super::{Entry, Hash, Record, Session, StoreError, Writer, admitted, chained, genesis, now_ms};
+use super::{
+    Entry, Found, Hash, Record, SLICE_BYTES_MAX, Session, StoreError, Writer, admitted, chained, genesis,
+    now_ms,
+};
 use crate::event::Position;
 
 /// How often it is looked whether other processes have written.
@@ -178,25 +181,34 @@ impl Sqlite {
 
     pub(super) async fn import(&self, id: String, records: Vec<Record>) -> Result<(), StoreError> {
         self.create(id.clone(), Vec::new(), 0).await?;
+        // Nobody drives it unasked.
         Sqlite::ask(self.threads.writer.as_ref(), move |connection| {
-            insert(connection, head(connection, &id)?.key, &records)
+            let key = head(connection, &id)?.key;
+            connection
+                .execute("UPDATE sessions SET wanted_ms = NULL WHERE key = ?1", [key])
+                .map_err(failed)?;
+            insert(connection, key, &records)
         })
         .await
     }
 
-    pub(super) async fn slice(
-        &self,
-        id: String,
-        from: Position,
-        to: Position,
-    ) -> Result<(Vec<Record>, Position), StoreError> {
+    pub(super) async fn slice(&self, id: String, from: Position, to: Position) -> Result<Found, StoreError> {
         Sqlite::ask(self.threads.reader.as_ref(), move |connection| {
             let Head { key, next, .. } = head(connection, &id)?;
             let mut found = connection
                 .prepare_cached("SELECT position, epoch, batch, at_ms, kind, body, hash FROM events WHERE session = ?1 AND position >= ?2 AND position < ?3 ORDER BY position")
                 .map_err(failed)?;
-            let rows = found.query_map(params![key, signed(from), signed(to)], record).map_err(failed)?;
-            Ok((rows.collect::<Result<_, _>>().map_err(failed)?, next))
+            let mut rows = found.query_map(params![key, signed(from), signed(to)], record).map_err(failed)?;
+            let (mut records, mut bytes): (Vec<Record>, usize) = (Vec::new(), 0);
+            // Two at least: the first is there to be chained to.
+            while bytes <= SLICE_BYTES_MAX || records.len() < 2 {
+                let Some(record) = rows.next().transpose().map_err(failed)? else {
+                    return Ok(Found { records, next, cut: false });
+                };
+                bytes += record.body.len();
+                records.push(record);
+            }
+            Ok(Found { records, next, cut: true })
         })
         .await
     }

@@ -200,3 +200,107 @@ except ValueError:
         .expect("it runs");
     assert_eq!(String::from_utf8_lossy(&checked.stdout), "4\n", "{}", said(&checked));
 }
+
+/// A model of our enemy's: what it streams is written here, and each stream is one answer.
+struct Hostile {
+    port: u16,
+}
+
+impl Hostile {
+    fn start(answers: Vec<Vec<u8>>) -> Hostile {
+        use std::io::{BufRead, BufReader, Read, Write};
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("it is bound").port();
+        std::thread::spawn(move || {
+            let mut answers = answers.into_iter();
+            for mut stream in listener.incoming().flatten() {
+                let mut reader = BufReader::new(stream.try_clone().expect("a copy"));
+                let (mut line, mut length) = (String::new(), 0);
+                while reader.read_line(&mut line).is_ok_and(|count| count > 2) {
+                    if let Some(text) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                        length = text.trim().parse().unwrap_or(0);
+                    }
+                    line.clear();
+                }
+                let _ = (&mut reader).take(length).read_to_end(&mut Vec::new());
+                let Some(answer) = answers.next() else { continue };
+                let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n";
+                let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&answer));
+            }
+        });
+        Hostile { port }
+    }
+}
+
+fn streamed(events: &[Value]) -> Vec<u8> {
+    let start = serde_json::json!({ "type": "message_start", "message": {} });
+    let all = std::iter::once(&start).chain(events);
+    all.map(|event| format!("data: {event}\n\n")).collect::<String>().into_bytes()
+}
+
+fn block(index: usize, content: Value) -> Value {
+    serde_json::json!({ "type": "content_block_start", "index": index, "content_block": content })
+}
+
+fn end(reason: &str) -> [Value; 2] {
+    let delta = serde_json::json!({ "type": "message_delta", "delta": { "stop_reason": reason }, "usage": { "output_tokens": u64::MAX, "input_tokens": 1 } });
+    [delta, serde_json::json!({ "type": "message_stop" })]
+}
+
+/// Whatever it says, the log can be followed after, and the session goes on.
+#[test]
+fn no_answer_poisons_a_log() {
+    let text = |text: String| serde_json::json!({ "type": "text", "text": text });
+    let citation = |depth: usize| format!("{}1{}", "[".repeat(depth), "]".repeat(depth));
+    let deep = |depth: usize| {
+        let input = format!("{}1{}", "{\"a\":".repeat(depth), "}".repeat(depth));
+        let call = serde_json::json!({ "type": "tool_use", "id": "t", "name": "nonsense", "input": {} });
+        let delta = serde_json::json!({ "type": "content_block_delta", "index": 0, "delta": { "type": "input_json_delta", "partial_json": input } });
+        let stop = serde_json::json!({ "type": "content_block_stop", "index": 0 });
+        streamed(&[[block(0, call), delta, stop].as_slice(), &end("tool_use")].concat())
+    };
+    let cited = format!(
+        "data: {{\"type\":\"content_block_delta\",\"index\":0,\"delta\":{{\"type\":\"x\",\"citation\":{}}}}}\n\n",
+        citation(122)
+    );
+    let good = || streamed(&[[block(0, text("good".into()))].as_slice(), &end("end_turn")].concat());
+    let names = serde_json::json!({ "type": "tool_use", "id": "", "name": "\u{1b}]0;x\u{7}\u{202e}", "input": [1], "cache_control": 7 });
+    let hostile: Vec<(&str, Vec<u8>)> = vec![
+        ("interrupted", streamed(&[[block(0, text("x".into()))].as_slice(), &end("interrupted")].concat())),
+        ("deep", deep(126)),
+        (
+            "deep citation",
+            [
+                streamed(&[block(0, text("x".into()))]),
+                cited.into_bytes(),
+                streamed(&end("end_turn"))[..].to_vec(),
+            ]
+            .concat(),
+        ),
+        ("less deep", deep(60)),
+        ("strange names", streamed(&[[block(0, names)].as_slice(), &end("tool_use")].concat())),
+        ("pauses", streamed(&[[block(0, text("x".into()))].as_slice(), &end("pause_turn")].concat())),
+        (
+            "too long",
+            streamed(&(0..40).map(|index| block(index, text("y".repeat(1 << 20)))).collect::<Vec<_>>()),
+        ),
+    ];
+    for (what, answer) in hostile {
+        let model = Hostile::start(std::iter::once(answer).chain((0..9).map(|_| good())).collect());
+        let mut scene = Scene::new(SCRIPT);
+        scene.ask_at(model.port);
+        let ended = scene.run("one", &["--attempts", "2"]).output().expect("it runs");
+        assert!(ended.status.code().is_some_and(|code| code < 2), "{what}: {}", said(&ended));
+        assert!(scene.harness(&["send", "one", "go on"]).status().expect("it runs").success());
+        let woken = scene.wake("one");
+        assert!(woken.status.success(), "{what}: {}", said(&woken));
+        let words = scene.of_type("one", "agent.message");
+        assert_eq!(words.last().expect("words")["block"]["text"], "good", "{what}");
+        let shown = scene.harness(&["show", "one"]).output().expect("it runs");
+        let json = scene.harness(&["events", "one"]).output().expect("it runs");
+        for output in [shown, json] {
+            let text = String::from_utf8(output.stdout).expect("text");
+            assert!(!text.contains(['\u{1b}', '\u{7}', '\u{202e}']), "{what}: {text:?}");
+        }
+    }
+}

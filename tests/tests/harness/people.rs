@@ -209,3 +209,20 @@ rules:
     let successor = example("successor.sh", &["scripted", &reviewer]);
     assert!(scene.events(&successor).iter().any(|event| event.to_string().contains("I go on from there.")));
 }
+
+/// A workload that stops the helper stops itself: the call ends, and so does the harness when a person has enough.
+#[test]
+fn a_helper_that_is_stopped_holds_nobody_up() {
+    let rules = "rules:\n  - name: again\n    when: {messages_contain: instead}\n    respond: {content: \"I stop.\"}\n  - name: hang\n    when: {messages_contain: mend}\n    respond: {tool_calls: [{name: bash, arguments: {command: \"kill -STOP $(pgrep -f 'harness-tools call')\"}}]}\n";
+    let scene = Scene::new(rules);
+    let mut child = scene.run("one", &[]).spawn().expect("it starts");
+    let mut lines = Lines::of(&mut child);
+    lines.until(|event| event["type"] == "hand.call").expect("it runs");
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(scene.harness(&["interrupt", "one"]).status().expect("it runs").success());
+    lines.until(|event| event["type"] == "session.status_idle").expect("it stops");
+    while lines.event().is_some() {}
+    assert!(within(Duration::from_secs(5), || matches!(child.try_wait(), Ok(Some(_)))), "the harness ends");
+    assert!(scene.harness(&["send", "one", "do this instead"]).status().expect("it runs").success());
+    assert!(scene.wake("one").status.success());
+}

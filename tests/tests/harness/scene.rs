@@ -290,6 +290,12 @@ impl Scene {
         self.events(session).into_iter().filter(|event| event["type"] == kind).collect()
     }
 
+    /// Another model's host, on loopback.
+    pub fn ask_at(&mut self, port: u16) {
+        self.configure(port, "");
+        self.kill_daemon();
+    }
+
     /// What nginx has let through and refused.
     pub fn seen(&self) -> Vec<String> {
         fs::read_to_string(self.path("seen")).unwrap_or_default().lines().map(str::to_owned).collect()

@@ -170,7 +170,9 @@ impl Core {
             let denial = Denial::new(Code::PolicyNotGranted, message);
             return self.deny(connection, asker, "Narrow", denial).await;
         }
-        if let Err(denial) = may_have(&wish.grants, &asker.rights, &self.config) {
+        let allowed = may_have(&wish.grants, &asker.rights, &self.config)
+            .and_then(|()| self.not_revoked(asker, &wish.grants));
+        if let Err(denial) = allowed {
             return self.deny(connection, asker, "Narrow", denial).await;
         }
         // Whoever has minted it: a channel with no right of its own is no stranger's.

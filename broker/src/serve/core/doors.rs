@@ -94,7 +94,7 @@ impl Core {
     ) -> Result<(), End> {
         let by = by.unwrap_or_default();
         let allowed = may_have(std::slice::from_ref(&grant), &asker.rights, &self.config)
-            .and_then(|()| self.was_revoked(asker, &grant))
+            .and_then(|()| self.not_revoked(asker, std::slice::from_ref(&grant)))
             .and_then(|()| self.may_hold_a_door(asker.peer.uid));
         if let Err(denial) = allowed {
             return self.deny(connection, asker, "Derive", denial).await;

@@ -385,12 +385,27 @@ impl Core {
     }
 
     /// Whether it was revoked from the asker's session before.
-    pub(super) fn was_revoked(&self, asker: &Asker, grant: &Name) -> Result<(), Denial> {
-        if !self.table().revoked.contains(&(asker.principal(), grant.as_str().to_owned())) {
-            return Ok(());
+    pub(super) fn not_revoked(&self, asker: &Asker, grants: &[Name]) -> Result<(), Denial> {
+        let Some(own) = &asker.session else { return Ok(()) };
+        let table = self.table();
+        // Those above it too: a session makes no way around by one below itself.
+        let ends = own.match_indices('/').map(|(at, _)| at).chain([own.len()]);
+        let mut sessions =
+            ends.map(|end| Principal { uid: asker.peer.uid, session: Some(own[..end].to_owned()) });
+        let is_revoked =
+            |of: &Principal, grant: &&Name| table.revoked.contains(&(of.clone(), grant.as_str().to_owned()));
+        let found = sessions.find_map(|of| grants.iter().find(|grant| is_revoked(&of, grant)));
+        match found {
+            Some(grant) => {
+                let message = format!("grant {grant} was revoked from this session");
+                Err(Denial::new(Code::GrantNotGranted, message))
+            }
+            None if table.revoked.len() >= REVOKED_MAX && !grants.is_empty() => {
+                let message = "more was revoked than can be remembered; until the service is restarted no session gets a grant";
+                Err(Denial::new(Code::GrantNotGranted, message))
+            }
+            None => Ok(()),
         }
-        let message = format!("grant {grant} was revoked from this session");
-        Err(Denial::new(Code::GrantNotGranted, message))
     }
 
     /// `Revoke`: cut first, recorded then. It only takes away.

@@ -115,6 +115,7 @@ impl Core {
             .and_then(|()| is_lendable(run.workspace.as_ref(), &descriptors))
             .and_then(|()| self.may_hold(&run, asker))
             .and_then(|()| may_have(&run.grants, &asker.rights, &self.config))
+            .and_then(|()| self.not_revoked(asker, &run.grants))
             .and_then(|()| may_be_kept(keep));
         if let Err(denial) = allowed {
             return self.deny(connection, asker, "Provision", denial).await;

@@ -29,7 +29,8 @@ impl Core {
     ) -> Result<(), End> {
         let allowed = decide(&run, &asker.rights, &descriptors)
             .and_then(|()| self.may_hold(&run, asker))
-            .and_then(|()| may_have(&run.grants, &asker.rights, &self.config));
+            .and_then(|()| may_have(&run.grants, &asker.rights, &self.config))
+            .and_then(|()| self.not_revoked(asker, &run.grants));
         if let Err(denial) = allowed {
             return self.deny(connection, asker, "Run", denial).await;
         }
