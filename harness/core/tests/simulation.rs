@@ -145,6 +145,7 @@ impl World {
         loop {
             let driver = &self.drivers[which];
             let Ok(decision) = decide(&driver.state, input, self.now_ms) else { return };
+            assert!(decision.events.len() < 200, "a decision without an end");
             if decision.events.is_empty() {
                 assert!(decision.effects.is_empty(), "an effect that nothing in the log says");
                 return;
@@ -260,6 +261,8 @@ impl World {
             "tool_use"
         } else if self.random.one_in(20) && !good {
             "pause_turn"
+        } else if self.random.one_in(20) {
+            "interrupted"
         } else {
             "end_turn"
         };
@@ -383,6 +386,33 @@ impl World {
             }
         }
         panic!("it never comes to rest: {:?}", self.latest().control);
+    }
+
+    /// Time alone wakes nobody: what is paused stays so, also where the model had just failed.
+    fn stays_at_rest(&mut self) {
+        self.say("and this");
+        self.drivers.clear();
+        self.wake();
+        self.answer_all_badly();
+        self.append(0, vec![Pause {}.into()]);
+        self.look(0);
+        let events = self.log.len();
+        for _ in 0..6 {
+            self.now_ms += 20 * 60_000;
+            self.look(0);
+        }
+        assert_eq!(self.log.len(), events, "a session that is paused goes on: {:?}", self.latest().control);
+    }
+
+    /// Each request under way fails, and could be tried again.
+    fn answer_all_badly(&mut self) {
+        let waits: Vec<Effect> = self.drivers[0].waits.drain(..).collect();
+        for effect in waits {
+            if let Effect::Request { id, .. } = effect {
+                let failure = failure(ErrorKind::ModelRequestFailed, true);
+                self.step(0, &Input::Failed { request: id, failure });
+            }
+        }
     }
 
     /// What a log says, whoever wrote it.
@@ -525,6 +555,7 @@ fn whatever_happens_a_session_stays_whole() {
             world.check();
             world.settle();
             world.check();
+            world.stays_at_rest();
             world.log.len()
         });
         match ran {
