@@ -29,6 +29,7 @@ use sandbox::PolicyName;
 use serde_json::{Value, json};
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::oneshot;
 
 use super::audit::{Audit, bounded, now_ms};
 use super::config::{Accounts, Config};
@@ -132,9 +133,11 @@ pub async fn serve(launcher: OwnedFd, Setup { config, sockets }: Setup) -> Resul
         tokio::spawn(scrape::serve(Arc::clone(&core), scraped));
     }
     core.fill_pool();
+    let (told, knows) = oneshot::channel();
     tokio::select! {
-        ended = hear(Arc::clone(&core)) => ended.map_err(|error| format!("the launcher: {error}").into()),
-        ended = askers::accept(core, listener) => ended.map_err(|error| format!("accept: {error}").into()),
+        ended = hear(Arc::clone(&core), told) => ended.map_err(|error| format!("the launcher: {error}").into()),
+        // Whoever asks for a sandbox that lives since before is not told that there is none.
+        ended = async { let _ = knows.await; askers::accept(core, listener).await } => ended.map_err(|error| format!("accept: {error}").into()),
     }
 }
 
@@ -145,7 +148,8 @@ fn listening(socket: OwnedFd) -> Result<UnixListener, String> {
 }
 
 /// What the launcher says: sandboxes that live since before this core.
-async fn hear(core: Arc<Core>) -> io::Result<()> {
+async fn hear(core: Arc<Core>, told: oneshot::Sender<()>) -> io::Result<()> {
+    let mut told = Some(told);
     loop {
         let received = core
             .launcher
@@ -169,6 +173,9 @@ async fn hear(core: Arc<Core>) -> io::Result<()> {
                         core.finish(&id, &ended).await;
                     })),
                 }
+            }
+            Some((ToCore::Told, _)) => {
+                let _ = told.take().map(|told| told.send(()));
             }
             Some((ToCore::Role(role), descriptors)) => {
                 if let Some(channel) = descriptors.into_iter().next() {

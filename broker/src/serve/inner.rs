@@ -49,6 +49,8 @@ pub enum ToCore {
         /// What it is for.
         kind: Kind,
     },
+    /// That was all that lives already.
+    Told,
 }
 
 /// What a sandbox is for.

@@ -195,6 +195,7 @@ impl Launcher {
             let (sandbox, kind) = (living.sandbox.clone(), living.kind.clone());
             send(&ours, &ToCore::Living { sandbox, kind }, &channels, SendFlags::empty())?;
         }
+        send(&ours, &ToCore::Told, &[], SendFlags::empty())?;
         self.roles.introduce(&ours)?;
         for held in changes::all(&self.config.server.state) {
             send(&ours, &ToCore::Held(held), &[], SendFlags::empty())?;
