@@ -112,7 +112,10 @@ fn a_pause_holds_calls_until_it_is_over() {
 /// The sandbox goes to another session with its files and without what ran in it; then that session's way to the model is cut.
 #[test]
 fn a_sandbox_is_handed_to_a_reviewer_and_a_revoked_grant_stops_it() {
-    let rules = "rules:\n  - name: seen\n    when: {tool_result_contains: \"return a\"}\n    respond: {content: \"Reviewed.\"}\n  - name: review\n    when: {messages_contain: review}\n    respond: {tool_calls: [{name: bash, arguments: {command: \"cat /tmp/left; cat sums.py; pgrep -c sleep\"}}]}\n  - name: done\n    when: {tool_result_contains: left}\n    respond: {content: \"Done.\"}\n  - name: work\n    when: {messages_contain: mend}\n    respond: {tool_calls: [{name: bash, arguments: {command: \"echo mine > /tmp/left; sleep 600 & echo left\"}}]}\n";
+    let long = "word ".repeat(300);
+    let rules = &format!(
+        "rules:\n  - name: long\n    when: {{messages_contain: \"once more\"}}\n    respond: {{content: \"{long}\"}}\n  - name: seen\n    when: {{tool_result_contains: \"return a\"}}\n    respond: {{content: \"Reviewed.\"}}\n  - name: review\n    when: {{messages_contain: review}}\n    respond: {{tool_calls: [{{name: bash, arguments: {{command: \"cat /tmp/left; cat sums.py; pgrep -c sleep\"}}}}]}}\n  - name: done\n    when: {{tool_result_contains: left}}\n    respond: {{content: \"Done.\"}}\n  - name: work\n    when: {{messages_contain: mend}}\n    respond: {{tool_calls: [{{name: bash, arguments: {{command: \"echo mine > /tmp/left; sleep 600 & echo left\"}}}}]}}\n"
+    );
     let scene = Scene::new(rules);
     let ended = scene.run("coder", &[]).output().expect("it runs");
     assert!(ended.status.success(), "{}", said(&ended));
@@ -140,6 +143,11 @@ fn a_sandbox_is_handed_to_a_reviewer_and_a_revoked_grant_stops_it() {
     let mut child = child.stdout(std::process::Stdio::piped()).spawn().expect("it starts");
     let mut lines = Lines::of(&mut child);
     lines.until(|event| event["type"] == "span.model_request_start").expect("it asks");
+    let holds = || {
+        let listed = scene.broker(&["grant", "list", "--json"]).output().expect("it runs");
+        String::from_utf8_lossy(&listed.stdout).contains("\"model\"")
+    };
+    assert!(within(Duration::from_secs(2), holds), "it holds the grant while the model speaks");
     let revoked = scene.broker(&["grant", "revoke", "model"]).output().expect("it runs");
     assert!(revoked.status.success(), "{}", said(&revoked));
     while lines.event().is_some() {}
