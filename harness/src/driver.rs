@@ -21,6 +21,8 @@ use crate::model;
 use crate::state::{Hand, State, Status};
 use crate::store::{Slice, Store, StoreError, Writer, now_ms};
 
+/// How long what is given up in sandboxes may take to end.
+const CANCEL_TIME: Duration = Duration::from_secs(60);
 /// The most events that `session_events` gives at once.
 const EVENTS_READ_MAX: u64 = 20;
 /// The most bytes of them.
@@ -96,8 +98,12 @@ pub async fn drive(
         state: Rc::default(),
         tasks: JoinSet::new(),
         aborts: BTreeMap::new(),
+        cancels: JoinSet::new(),
     };
     let driven = driver.wake().await;
+    // Whoever stopped something wants it stopped, not only written down.
+    let all = async { while driver.cancels.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(CANCEL_TIME, all).await;
     let wanted_ms = match (&driven, &driver.state.control.status) {
         (Ok(()), Status::Idle(_) | Status::Terminated) => None,
         _ => Some(0),
@@ -117,6 +123,8 @@ struct Driver<'a> {
     state: Rc<State>,
     tasks: JoinSet<Result<Input, HandError>>,
     aborts: BTreeMap<Position, AbortHandle>,
+    /// What is being ended in sandboxes.
+    cancels: JoinSet<()>,
 }
 
 impl Driver<'_> {
@@ -277,7 +285,7 @@ impl Driver<'_> {
         let sandboxes: Vec<String> =
             self.state.control.hands.values().filter_map(ready).map(str::to_owned).collect();
         let (broker, agent) = (Arc::clone(&self.broker), Arc::clone(agent));
-        tokio::task::spawn_blocking(move || {
+        self.cancels.spawn_blocking(move || {
             for sandbox in sandboxes {
                 broker.cancel(&sandbox, &agent.hands.tools, &effect_name(id));
             }
