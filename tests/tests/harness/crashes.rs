@@ -13,7 +13,8 @@ fn essence(events: &[Value]) -> Vec<Value> {
             let content = event["content"].as_str().unwrap_or_default();
             event["type"] == "agent.tool_result"
                 && event["tool_use"] == *use_at
-                && (content.starts_with("It was interrupted") || content.contains("is not in /workspace"))
+                && ((content.starts_with("It was interrupted") || content.starts_with("There is no sandbox"))
+                    || content.contains("is not in /workspace"))
         })
     };
     let mut kept: Vec<Value> = Vec::new();
